@@ -1,0 +1,162 @@
+"""The saved segmentor: a folder of YAML and safetensors files. No pickle, no network, nothing outside the folder.
+
+``frozen.safetensors`` holds what the checkpoint gave, ``trained.safetensors`` what was learned (a few megabytes that
+change with every better epoch), ``plan.yaml`` and ``task.yaml`` how to rebuild and read it, ``bundle.yaml`` the rest;
+the last is written last, so a folder with it is whole.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from semseg_automl.build import build_model
+from semseg_automl.errors import BundleError, SemsegError
+from semseg_automl.models.segmentation_model import SegmentationModel
+from semseg_automl.peft import trainable_parameters
+from semseg_automl.plan import Plan
+from semseg_automl.task import SegmentationTask
+from semseg_automl.version import __version__
+
+FORMAT = 1
+MAX_YAML_BYTES = 16 * 2**20
+
+
+@dataclass
+class Bundle:
+    """Everything a saved segmentor holds.
+
+    Attributes:
+        model: the network with its best weights.
+        plan: how it was made.
+        task: what the masks hold.
+        record: plain values: the estimator's settings, decision threshold, history.
+    """
+
+    model: SegmentationModel
+    plan: Plan
+    task: SegmentationTask
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+def save_bundle(path: str | Path, bundle: Bundle, *, frozen_too: bool = True) -> None:
+    """Write a bundle; each file appears whole or not at all.
+
+    Args:
+        path: folder, made if need be. Files of an older bundle in it are replaced.
+        bundle: what to save.
+        frozen_too: False leaves ``frozen.safetensors`` as it is, when only trained weights changed since the last call.
+
+    Raises:
+        BundleError: the folder cannot be written.
+    """
+    folder = Path(path)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in bundle.model.state_dict().items()}
+    trained = trainable_parameters(bundle.model).keys()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if frozen_too:
+            (folder / "bundle.yaml").unlink(missing_ok=True)
+            _write_tensors(folder / "frozen.safetensors", {n: t for n, t in state.items() if n not in trained})
+            _write_yaml(folder / "plan.yaml", bundle.plan.model_dump(mode="json"))
+            _write_yaml(folder / "task.yaml", bundle.task.to_dict())
+        _write_tensors(folder / "trained.safetensors", {n: t for n, t in state.items() if n in trained})
+        versions = {"semseg_automl": __version__, "torch": torch.__version__}
+        _write_yaml(folder / "bundle.yaml", {"format": FORMAT, "versions": versions, **bundle.record})
+    except (OSError, SafetensorError) as error:
+        raise BundleError(
+            f"cannot write '{folder}' ({error}). Check space and permissions, or use another path."
+        ) from error
+
+
+def load_bundle(path: str | Path) -> Bundle:
+    """Read a bundle; only files inside the folder are opened.
+
+    Raises:
+        BundleError: the folder is no bundle, a file is damaged, or it was written in another format.
+    """
+    folder = Path(path)
+    if not (folder / "bundle.yaml").is_file():
+        raise BundleError(
+            f"'{folder}' holds no saved segmentor (no bundle.yaml). Give the folder that fit or save wrote."
+        )
+    record = _read_yaml(folder / "bundle.yaml")
+    if record.pop("format", None) != FORMAT:
+        raise BundleError(
+            f"'{folder}' was written by {record.get('versions')} in another format; this version reads format {FORMAT}."
+        )
+    try:
+        plan = Plan.model_validate(_read_yaml(folder / "plan.yaml"))
+        task = SegmentationTask.from_dict(_read_yaml(folder / "task.yaml"))
+        state = load_file(folder / "frozen.safetensors") | load_file(folder / "trained.safetensors")
+        with torch.device("meta"):
+            expected = build_model(plan, pretrained=False).state_dict()
+        _check_shapes(folder, expected, state)  # before any memory is taken for sizes that a file asks for
+        model = build_model(plan, pretrained=False)
+    except BundleError:
+        raise
+    except (OSError, SafetensorError, ValidationError, SemsegError, TypeError, KeyError) as error:
+        raise BundleError(f"'{folder}' is damaged: {error}. Save or fit again.") from error
+    model.load_state_dict(state)
+    return Bundle(model.eval(), plan, task, record)
+
+
+def _check_shapes(folder: Path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    wrong = [n for n in expected if n not in found or found[n].shape != expected[n].shape]
+    wrong += [n for n in found if n not in expected]
+    if wrong:
+        raise BundleError(
+            f"'{folder}' is damaged: {len(wrong)} tensors do not fit plan.yaml, for example '{wrong[0]}'. "
+            "Save or fit again."
+        )
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    with _replaced(path) as temporary:
+        save_file(tensors, temporary)
+
+
+def _write_yaml(path: Path, content: dict[str, Any]) -> None:
+    with _replaced(path) as temporary:
+        temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > MAX_YAML_BYTES:
+        raise BundleError(f"'{path}' is larger than {MAX_YAML_BYTES} bytes; this is not a file of ours.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BundleError(f"'{path}' is damaged: {error}. Save or fit again.") from error
+    if not isinstance(content, dict):
+        raise BundleError(f"'{path}' is damaged: it holds no mapping. Save or fit again.")
+    return content
+
+
+class _replaced:  # noqa: N801
+    """Context of a temporary path beside `path` that takes its place on success and vanishes on failure."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        self.temporary = Path(name)
+
+    def __enter__(self) -> Path:
+        return self.temporary
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            os.replace(self.temporary, self.path)
+        else:
+            self.temporary.unlink(missing_ok=True)

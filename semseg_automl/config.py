@@ -1,0 +1,207 @@
+"""What the user asked for: a preset plus overrides, typed and checked. "auto" is left for the plan to decide.
+
+Keys are dotted (``optim.lr``) or nested; AutoGluon's names are accepted as aliases. An unknown key is an error that
+names the nearest known one. Nothing here looks at data or hardware.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from semseg_automl.errors import ConfigError, nearest
+
+Auto = Literal["auto"]
+Hyperparameters = Mapping[str, Any]
+
+ALIASES: dict[str, str] = {
+    "optim.lora.r": "optim.lora.rank",
+    "optim.lora.conv_lora_expert_num": "optim.lora.experts",
+    "optim.learning_rate": "optim.lr",
+    "optim.loss_func": "optim.loss",
+    "optim.gradient_clip_val": "optim.gradient_clip",
+    "optimization.max_epochs": "optim.max_epochs",
+    "optimization.learning_rate": "optim.lr",
+    "env.per_gpu_batch_size": "env.micro_batch_size",
+}
+"""Dotted keys of AutoGluon MultiModal and what they are called here."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(_Section):
+    """Which network."""
+
+    encoder: Literal["tiny_vit"] = Field("tiny_vit", description="Image encoder.")
+    checkpoint: str | None = Field(
+        None,
+        description="File of pretrained encoder weights (safetensors, timm's plain-ViT names); None: from scratch.",
+    )
+    input_size: Auto | int | tuple[int, int] = Field(
+        "auto", description="Side or (height, width) in pixels that images are resized to; divisible by the stride."
+    )
+    multiclass_head: Auto | Literal["class_tokens", "queries"] = Field(
+        "auto", description="One mask token per class, or queries with a classification layer."
+    )
+    num_queries: Auto | int = Field("auto", description="Mask tokens of the queries head; at least the classes.")
+    decoder_dim: Auto | int = Field("auto", description="Channels of embeddings and decoder; divisible by 16.")
+    detail: Auto | bool = Field("auto", description="Add convolutions on the image to the decoder's upscaled maps.")
+
+    @field_validator("decoder_dim")
+    @classmethod
+    def _divisible(cls, value: str | int) -> str | int:
+        if isinstance(value, int) and (value % 16 or value < 32):
+            raise ValueError("must be 32 or more and divisible by 16")
+        return value
+
+
+class LoraConfig(_Section):
+    """Options of LoRA and Conv-LoRA."""
+
+    rank: Auto | int = Field("auto", description="Width of the bottleneck.")
+    alpha: Auto | float = Field("auto", description="Scale of the correction, divided by the rank.")
+    experts: int = Field(8, ge=1, description="Convolution experts, of scales 1 to this number (Conv-LoRA).")
+    activation: Literal["gelu", "none"] = Field("gelu", description="After the experts' convolution.")
+    interpolation: Literal["bicubic", "bilinear"] = Field("bicubic", description="Of the experts' resizing.")
+    gate: Literal["balanced", "learned"] = Field("balanced", description="What trains the router of the experts.")
+
+
+class OptimConfig(_Section):
+    """How it is trained."""
+
+    peft: Auto | Literal["conv_lora", "lora", "decoder_only", "full"] = Field("auto", description="Fine-tuning method.")
+    lora: LoraConfig = Field(default_factory=LoraConfig)
+    loss: Auto | Literal["structure", "structure_weighted", "balanced_bce", "ce_dice", "set_criterion"] = Field(
+        "auto", description="Training loss."
+    )
+    lr: Auto | float = Field("auto", description="Peak learning rate of AdamW.")
+    weight_decay: float = Field(0.01, ge=0, description="Of matrices; biases, norms and vectors have none.")
+    warmup: float = Field(0.05, ge=0, lt=1, description="Share of training over which the learning rate rises.")
+    schedule: Literal["cosine", "linear"] = Field("cosine", description="How the learning rate falls to zero.")
+    gradient_clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
+    ema: float = Field(0.98, ge=0, lt=1, description="Decay of the averaged weights that are kept; 0 for none.")
+    max_epochs: Auto | int = Field("auto", description="Passes over the data at most.")
+    patience: int = Field(10, ge=1, description="Validations without improvement before training stops.")
+
+
+class DataConfig(_Section):
+    """How images are shown."""
+
+    augmentation: Auto | Literal["none", "flip", "light", "medium", "strong"] = Field(
+        "auto", description="Strength of the joint augmentation of image and mask."
+    )
+    holdout_frac: Auto | float = Field("auto", description="Share of the rows kept for validation if none are given.")
+
+
+class EnvConfig(_Section):
+    """Batch and machine."""
+
+    batch_size: Auto | int = Field("auto", description="Images per optimizer step, whatever the hardware.")
+    micro_batch_size: Auto | int = Field("auto", description="Images per forward pass; the rest is accumulated.")
+    num_workers: Auto | int = Field("auto", description="Loader processes.")
+    precision: Auto | Literal["32-true", "bf16-mixed", "16-mixed"] = Field("auto", description="Lightning's name.")
+
+
+class Config(_Section):
+    """All settings of one run."""
+
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    env: EnvConfig = Field(default_factory=EnvConfig)
+
+
+def presets_folder() -> Path:
+    """Return the folder of preset files: inside an installed package, or beside a checkout's package."""
+    inside = Path(__file__).parent / "presets"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "presets"
+
+
+def list_presets() -> dict[str, str]:
+    """Return every preset's name and its file's header (source, command, hardware, expected score)."""
+    headers = {}
+    for path in sorted(presets_folder().glob("*.yaml")):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        headers[path.stem] = "\n".join(line[1:].strip() for line in lines if line.startswith("#"))
+    return headers
+
+
+def load_config(preset: str = "fast", *overrides: Hyperparameters | None) -> Config:
+    """Read a preset and lay `overrides` over it, later ones winning.
+
+    Args:
+        preset: name of a file in ``presets/``, without its ending.
+        overrides: nested or dotted settings; None counts as empty.
+
+    Raises:
+        ConfigError: the preset or a key is unknown, or a value is not allowed.
+
+    >>> load_config("fast", {"optim.lora.r": 4}).optim.lora.rank
+    4
+    """
+    presets = {path.stem: path for path in presets_folder().glob("*.yaml")}
+    if preset not in presets:
+        raise ConfigError(
+            f"unknown preset '{preset}'{nearest(preset, presets)}. Known presets: {', '.join(sorted(presets))}."
+        )
+    settings = flatten(yaml.safe_load(presets[preset].read_text(encoding="utf-8")) or {})
+    for override in overrides:
+        settings.update(flatten(override or {}))
+    try:
+        return Config.model_validate(_nest(settings))
+    except ValidationError as error:
+        problems = [f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}, got {e['input']!r}" for e in error.errors()]
+        raise ConfigError("settings out of range: " + "; ".join(problems)) from error
+
+
+def flatten(settings: Hyperparameters, prefix: str = "") -> dict[str, Any]:
+    """Flatten nested settings to dotted keys, aliases replaced by our names.
+
+    Raises:
+        ConfigError: a key is unknown; the nearest known one is named.
+    """
+    known = known_keys()
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        dotted = f"{prefix}{key}"
+        dotted = ALIASES.get(dotted, dotted)
+        if isinstance(value, Mapping) and dotted not in known:
+            flat.update(flatten(value, dotted + "."))
+        elif dotted in known:
+            flat[dotted] = list(value) if isinstance(value, tuple) else value
+        else:
+            raise ConfigError(f"unknown setting '{dotted}'{nearest(dotted, [*known, *ALIASES])}.")
+    return flat
+
+
+def known_keys() -> dict[str, str]:
+    """Return every dotted setting with its description."""
+    return dict(_keys_of(Config, ""))
+
+
+def _keys_of(section: type[BaseModel], prefix: str) -> Sequence[tuple[str, str]]:
+    keys: list[tuple[str, str]] = []
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            keys.extend(_keys_of(inner, f"{prefix}{name}."))
+        else:
+            keys.append((f"{prefix}{name}", field.description or ""))
+    return keys
+
+
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for dotted, value in flat.items():
+        *sections, last = dotted.split(".")
+        place = nested
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = value
+    return nested

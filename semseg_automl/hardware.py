@@ -1,0 +1,58 @@
+"""What this machine has: device, memory, cores, number formats. Facts only; what follows from them is the plan's."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+Device = Literal["cpu", "cuda", "mps"]
+
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The machine a plan is made for.
+
+    Attributes:
+        device: where the network runs.
+        name: the device in words.
+        memory: bytes the network may use in all: of the accelerator, or of RAM under any cgroup limit.
+        cores: processor cores this process may use.
+        bf16: whether matrix products in bfloat16 are faster than in float32 here.
+    """
+
+    device: Device
+    name: str
+    memory: int
+    cores: int
+    bf16: bool
+
+
+def detect_hardware() -> Hardware:
+    """Read the machine's facts; takes milliseconds, allocates nothing."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return Hardware("cuda", properties.name, properties.total_memory, cores, torch.cuda.is_bf16_supported())
+    if torch.backends.mps.is_available():
+        return Hardware("mps", "Apple GPU", _ram(), cores, bf16=False)
+    # Without these instructions oneDNN emulates bfloat16, slower than float32.
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return Hardware("cpu", f"CPU with {cores} cores", _ram(), cores, bf16=native)
+
+
+def _ram() -> int:
+    """Return the bytes of RAM this process may use: the machine's, or its control group's if that is less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in _CGROUP_LIMITS:
+        path = Path(limit)
+        if path.exists():
+            text = path.read_text().strip()
+            if text.isdigit():
+                total = min(total, int(text))
+    return total

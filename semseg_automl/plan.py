@@ -1,0 +1,334 @@
+"""From what was asked, the data and the machine to a `Plan`: every "auto" decided, each with its reason.
+
+Pure: nothing is read, built or timed here. The plan is saved as plan.yaml and rebuilds the same network; hardware
+decides only the micro-batch, number format and loader processes, never the effective batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from semseg_automl.config import Config
+from semseg_automl.errors import ConfigError, UnsupportedCombination
+from semseg_automl.hardware import Hardware
+from semseg_automl.task import SegmentationTask
+
+
+@dataclass(frozen=True)
+class DataStats:
+    """What the training table looks like.
+
+    Attributes:
+        rows: number of labelled images.
+        sizes: ``(height, width)`` of each image in pixels.
+        class_shares: share of the known pixels per class, in the task's order.
+    """
+
+    rows: int
+    sizes: tuple[tuple[int, int], ...]
+    class_shares: tuple[float, ...]
+
+
+class Plan(BaseModel):
+    """Everything that decides the result of a run, and the reason of each decision.
+
+    Attributes:
+        encoder: name of the image encoder.
+        encoder_options: its architecture, enough to rebuild it without the checkpoint.
+        checkpoint: file the encoder's weights came from, or None for random ones.
+        decoder_options: architecture of the mask decoder.
+        input_size: ``(height, width)`` images are resized to, in pixels.
+        peft: fine-tuning method.
+        peft_options: its options.
+        loss: name of the criterion.
+        lr: peak learning rate.
+        batch_size: images per optimizer step.
+        micro_batch_size: images per forward pass.
+        views: times each image is shown per epoch.
+        max_epochs: passes at most.
+        time_limit: seconds for the whole fit, or None.
+        reasons: per decision, why.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    encoder: str
+    encoder_options: dict[str, int | list[int]]
+    checkpoint: str | None
+    decoder_options: dict[str, int | bool | None]
+    input_size: tuple[int, int]
+    peft: str
+    peft_options: dict[str, int | float | str]
+    loss: str
+    lr: float
+    weight_decay: float
+    warmup: float
+    schedule: str
+    gradient_clip: float
+    ema: float
+    batch_size: int
+    micro_batch_size: int
+    views: int
+    max_epochs: int
+    patience: int
+    augmentation: str
+    precision: str
+    num_workers: int
+    validation_metric: str
+    seed: int
+    time_limit: float | None
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        """Return one line per decision: setting, value, reason."""
+        lines = []
+        for name, value in self.model_dump(exclude={"reasons"}).items():
+            reason = self.reasons.get(name)
+            lines.append(f"{name:18} {value}" + (f"   ({reason})" if reason else ""))
+        return "\n".join(lines)
+
+
+SCRATCH_ENCODER: dict[str, int | list[int]] = {
+    "embed_dim": 192,
+    "depth": 6,
+    "num_heads": 3,
+    "patch_size": 16,
+    "window_size": 0,
+    "grid": 16,
+    "neck_taps": [1, 3, 5],
+}
+
+
+def make_plan(
+    config: Config,
+    task: SegmentationTask,
+    stats: DataStats,
+    hardware: Hardware,
+    *,
+    checkpoint_shape: dict[str, int] | None = None,
+    validation_metric: str | None = None,
+    seed: int = 0,
+    time_limit: float | None = None,
+) -> Plan:
+    """Decide everything that `config` left open.
+
+    Args:
+        config: what the user asked for.
+        task: what the masks hold.
+        stats: the training data.
+        hardware: the machine.
+        checkpoint_shape: architecture read off ``config.model.checkpoint``; None without one.
+        validation_metric: chooses the best epoch; None for the task's usual one.
+        seed: of weights, order and augmentation.
+        time_limit: seconds for the whole fit, or None.
+
+    Raises:
+        ConfigError: a setting does not fit the data or the encoder.
+        UnsupportedCombination: two settings exclude each other; those that work are named.
+    """
+    reasons: dict[str, str] = {}
+    encoder_options = _encoder_options(checkpoint_shape, reasons)
+    stride = encoder_options["patch_size"]
+    if not isinstance(stride, int):
+        raise TypeError("patch_size must be an int")
+    input_size = _input_size(config, stats, stride, reasons)
+    peft, peft_options = _peft(config, pretrained=checkpoint_shape is not None, reasons=reasons)
+    loss, decoder_options = _head(config, task, reasons)
+    batch_size, views, max_epochs = _budget(config, stats, time_limit, reasons)
+    micro, precision, workers = _machine(config, hardware, batch_size, input_size, reasons)
+    return Plan(
+        encoder=config.model.encoder,
+        encoder_options=encoder_options,
+        checkpoint=config.model.checkpoint,
+        decoder_options=decoder_options,
+        input_size=input_size,
+        peft=peft,
+        peft_options=peft_options,
+        loss=loss,
+        lr=_resolve(config.optim.lr, 1e-3, "lr", "measured on small data: benchmarks/RESULTS.md", reasons),
+        weight_decay=config.optim.weight_decay,
+        warmup=config.optim.warmup,
+        schedule=config.optim.schedule,
+        gradient_clip=config.optim.gradient_clip,
+        ema=config.optim.ema,
+        batch_size=batch_size,
+        micro_batch_size=micro,
+        views=views,
+        max_epochs=max_epochs,
+        patience=config.optim.patience,
+        augmentation=_augmentation(config, stats, reasons),
+        precision=precision,
+        num_workers=workers,
+        validation_metric=validation_metric or ("iou" if task.kind == "binary" else "miou"),
+        seed=seed,
+        time_limit=time_limit,
+        reasons=reasons,
+    )
+
+
+def _resolve(asked: Any, auto: Any, name: str, why: str, reasons: dict[str, str]) -> Any:
+    """Return what was asked, or the automatic value with its reason noted."""
+    if asked == "auto":
+        reasons[name] = why
+        return auto
+    reasons[name] = "as asked"
+    return asked
+
+
+def _encoder_options(shape: dict[str, int] | None, reasons: dict[str, str]) -> dict[str, int | list[int]]:
+    if shape is None:
+        reasons["encoder_options"] = "no checkpoint: a small encoder that trains from scratch in minutes"
+        return dict(SCRATCH_ENCODER)
+    depth = shape["depth"]
+    reasons["encoder_options"] = "read off the checkpoint; attention is global, as it was pretrained"
+    return {**shape, "window_size": 0, "neck_taps": sorted({math.ceil(depth * k / 4) - 1 for k in (1, 2, 3, 4)})}
+
+
+def _input_size(config: Config, stats: DataStats, stride: int, reasons: dict[str, str]) -> tuple[int, int]:
+    """Keep the images' median aspect ratio at about the area of a 256-pixel square, never above the images' own."""
+    asked = config.model.input_size
+    if asked == "auto":
+        height = sorted(h for h, _ in stats.sizes)[len(stats.sizes) // 2]
+        width = sorted(w for _, w in stats.sizes)[len(stats.sizes) // 2]
+        scale = min(1.0, math.sqrt(AUTO_AREA / (height * width)))
+        size = _round_to(height * scale, stride), _round_to(width * scale, stride)
+        reasons["input_size"] = f"median image {height} x {width}, at most {AUTO_AREA} pixels, multiples of {stride}"
+        return size
+    size = (asked, asked) if isinstance(asked, int) else (asked[0], asked[1])
+    if any(side < stride or side % stride for side in size):
+        near = tuple(_round_to(side, stride) for side in size)
+        raise ConfigError(
+            f"model.input_size is {size[0]} x {size[1]}; both sides must be divisible by {stride}. "
+            f"The nearest allowed size is {near[0]} x {near[1]}."
+        )
+    reasons["input_size"] = "as asked"
+    return size
+
+
+AUTO_AREA = 256 * 256
+
+
+def _round_to(length: float, stride: int) -> int:
+    return max(stride, round(length / stride) * stride)
+
+
+def _peft(config: Config, *, pretrained: bool, reasons: dict[str, str]) -> tuple[str, dict[str, int | float | str]]:
+    if pretrained:
+        method = _resolve(
+            config.optim.peft, "conv_lora", "peft", "the encoder is pretrained: adapt it, frozen", reasons
+        )
+    else:
+        method = _resolve(config.optim.peft, "full", "peft", "no pretrained weights: nothing worth freezing", reasons)
+        if method != "full":
+            raise UnsupportedCombination(
+                f"optim.peft is '{method}', which keeps the encoder frozen, but it has no pretrained weights. "
+                "Give model.checkpoint, or use optim.peft='full'."
+            )
+    lora = config.optim.lora
+    options: dict[str, int | float | str] = {}
+    if method in ("lora", "conv_lora"):
+        rank = _resolve(lora.rank, 8, "peft_options", "rank 8: a small encoder needs more than the paper's 3", reasons)
+        options = {"rank": rank, "alpha": rank * 32 / 3 if lora.alpha == "auto" else lora.alpha}
+    if method == "conv_lora":
+        options |= {
+            "experts": lora.experts,
+            "activation": lora.activation,
+            "interpolation": lora.interpolation,
+            "gate": lora.gate,
+        }
+    return method, options
+
+
+def _head(config: Config, task: SegmentationTask, reasons: dict[str, str]) -> tuple[str, dict[str, int | bool | None]]:
+    """Choose the loss and the shape of the mask decoder; each loss belongs to one kind of head."""
+    dim = _resolve(config.model.decoder_dim, 128, "decoder_options", "small decoder: more steps per second", reasons)
+    detail = True if config.model.detail == "auto" else config.model.detail
+    decoder: dict[str, int | bool | None] = {"dim": dim, "mlp_dim": 4 * dim, "detail": detail}
+    if task.kind == "binary":
+        loss = _resolve(config.optim.loss, "structure", "loss", "binary: the paper's loss", reasons)
+        if loss not in ("structure", "structure_weighted", "balanced_bce"):
+            raise UnsupportedCombination(
+                f"optim.loss is '{loss}', which is for several classes; this task is binary. "
+                "Losses that work: structure, structure_weighted, balanced_bce."
+            )
+        return loss, decoder | {"num_mask_tokens": 1, "num_classes": None}
+    head = config.model.multiclass_head
+    losses = {"class_tokens": "ce_dice", "queries": "set_criterion"}
+    if head == "auto":
+        head = "queries" if config.optim.loss == "set_criterion" else "class_tokens"
+    loss = _resolve(config.optim.loss, losses[head], "loss", "better than the alternative on small data", reasons)
+    if loss != losses[head]:
+        raise UnsupportedCombination(
+            f"optim.loss is '{loss}' with the multi-class head '{head}'; the loss that works with it: {losses[head]}."
+        )
+    if head == "class_tokens":
+        return loss, decoder | {"num_mask_tokens": task.num_classes, "num_classes": None}
+    asked = config.model.num_queries
+    queries = max(10, task.num_classes) if asked == "auto" else asked
+    if queries < task.num_classes:
+        raise ConfigError(f"model.num_queries is {queries}; {task.num_classes} classes need at least as many queries.")
+    return loss, decoder | {"num_mask_tokens": queries, "num_classes": task.num_classes}
+
+
+def _budget(
+    config: Config, stats: DataStats, time_limit: float | None, reasons: dict[str, str]
+) -> tuple[int, int, int]:
+    """Choose batch size, views per epoch and epochs."""
+    batch_size = _resolve(config.env.batch_size, min(8, stats.rows), "batch_size", "measured on small data", reasons)
+    views = max(1, math.ceil(MIN_STEPS_PER_EPOCH * batch_size / stats.rows))
+    if views > 1:
+        reasons["views"] = f"{stats.rows} images make short epochs: validate every {MIN_STEPS_PER_EPOCH} steps or so"
+    if config.optim.max_epochs == "auto":
+        if time_limit is not None:
+            reasons["max_epochs"] = "the time limit ends training; the learning rate falls with the clock"
+            return batch_size, views, 10_000
+        reasons["max_epochs"] = f"about {AUTO_STEPS} steps"
+        return batch_size, views, max(10, round(AUTO_STEPS * batch_size / (stats.rows * views)))
+    reasons["max_epochs"] = "as asked"
+    return batch_size, views, config.optim.max_epochs
+
+
+MIN_STEPS_PER_EPOCH = 25
+AUTO_STEPS = 1000
+
+
+def _machine(
+    config: Config, hardware: Hardware, batch_size: int, input_size: Sequence[int], reasons: dict[str, str]
+) -> tuple[int, str, int]:
+    """Choose micro-batch, number format and loader processes for the machine."""
+    # About 2.5 kB per input pixel and image were seen in a float32 training step of the built-in encoder; a quarter
+    # of the memory leaves room for data, optimizer and allocator.
+    fits = max(1, int(hardware.memory / 4 / (2500 * input_size[0] * input_size[1])))
+    micro = next(size for size in range(min(batch_size, fits), 0, -1) if batch_size % size == 0)
+    micro = _resolve(
+        config.env.micro_batch_size, micro, "micro_batch_size", f"{hardware.memory / 2**30:.0f} GiB of memory", reasons
+    )
+    if batch_size % micro:
+        raise ConfigError(f"env.micro_batch_size is {micro}; it must divide env.batch_size, {batch_size}.")
+    precision = _resolve(
+        config.env.precision,
+        "bf16-mixed" if hardware.bf16 else "32-true",
+        "precision",
+        f"bfloat16 is {'fast' if hardware.bf16 else 'not fast'} on {hardware.name}",
+        reasons,
+    )
+    workers = 0 if hardware.device == "cpu" else min(8, hardware.cores // 2)
+    workers = _resolve(
+        config.env.num_workers,
+        workers,
+        "num_workers",
+        "the processor trains" if not workers else "half the cores",
+        reasons,
+    )
+    return micro, precision, workers
+
+
+def _augmentation(config: Config, stats: DataStats, reasons: dict[str, str]) -> str:
+    auto = "medium"
+    name: str = _resolve(config.data.augmentation, auto, "augmentation", f"{stats.rows} images need variety", reasons)
+    return name

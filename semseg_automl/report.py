@@ -1,0 +1,79 @@
+"""Pictures of what a segmentor does: images beside truth and prediction, masks laid over them in colour."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from semseg_automl.task import IGNORE_INDEX
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart; class 0 of a binary task stays uncoloured.
+PALETTE: NDArray[np.uint8] = np.array(
+    [
+        [0, 114, 178], [230, 159, 0], [0, 158, 115], [213, 94, 0], [204, 121, 167], [86, 180, 233],
+        [240, 228, 66], [128, 128, 128], [148, 0, 211], [220, 20, 60], [60, 179, 113], [139, 69, 19],
+    ],
+    dtype=np.uint8,
+)  # fmt: skip
+
+TILE = 240
+HEADER = 26
+
+
+def overlay(image: NDArray[np.uint8], labels: NDArray[np.uint8], *, binary: bool) -> NDArray[np.uint8]:
+    """Lay class indices over an image, half transparent, with a line along their borders.
+
+    Args:
+        image: ``(H, W, 3)`` RGB.
+        labels: ``(H, W)`` class indices; 255 is left uncoloured.
+        binary: leave class 0 uncoloured.
+    """
+    colours = PALETTE[(labels.astype(np.int64) - (1 if binary else 0)) % len(PALETTE)]
+    painted = (labels != IGNORE_INDEX) & ((labels > 0) | (not binary))
+    out = image.copy()
+    out[painted] = (0.5 * image[painted] + 0.5 * colours[painted]).astype(np.uint8)
+    edge = cv2.morphologyEx(labels, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
+    out[edge & painted] = colours[edge & painted]
+    return out
+
+
+def overlay_grid(
+    rows: list[tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]], *, binary: bool
+) -> NDArray[np.uint8]:
+    """Draw ``image | truth | prediction``, one row an image, under a header.
+
+    Args:
+        rows: image ``(H, W, 3)``, true and predicted class indices ``(H, W)``, of any sizes.
+        binary: leave class 0 uncoloured.
+
+    Returns:
+        ``(H', W', 3)`` RGB.
+    """
+    lines = [_header(("image", "truth", "prediction"))]
+    for image, truth, prediction in rows:
+        tiles = (image, overlay(image, truth, binary=binary), overlay(image, prediction, binary=binary))
+        lines.append(np.concatenate([_tile(tile) for tile in tiles], axis=1))
+    return np.concatenate(lines)
+
+
+def _tile(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Fit an image into a white square of `TILE` pixels, its aspect ratio kept."""
+    height, width = image.shape[:2]
+    scale = (TILE - 4) / max(height, width)
+    small = cv2.resize(
+        image, (max(1, round(width * scale)), max(1, round(height * scale))), interpolation=cv2.INTER_AREA
+    )
+    tile = np.full((TILE, TILE, 3), 255, dtype=np.uint8)
+    top, left = (TILE - small.shape[0]) // 2, (TILE - small.shape[1]) // 2
+    tile[top : top + small.shape[0], left : left + small.shape[1]] = small
+    return tile
+
+
+def _header(titles: tuple[str, ...]) -> NDArray[np.uint8]:
+    line = np.full((HEADER, TILE * len(titles), 3), 255, dtype=np.uint8)
+    for i, title in enumerate(titles):
+        (width, height), _ = cv2.getTextSize(title, cv2.FONT_HERSHEY_SIMPLEX, 0.5, 1)
+        place = (TILE * i + (TILE - width) // 2, (HEADER + height) // 2)
+        cv2.putText(line, title, place, cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
+    return line
