@@ -1,5 +1,6 @@
 # make demo [DATA=folder]   fit, evaluate and predict on images it draws itself, or on the folder's
-#                           train.csv, val.csv and test.csv
+#                           train.csv, val.csv and test.csv; CHECKPOINT=file of pretrained encoder weights,
+#                           TIME=seconds of fitting per data set
 # make test                 the test suite; PYTEST="..." passes arguments on
 # make lint                 ruff and mypy
 # make clean                remove .venv and what the tools left; runs and their bundles stay
@@ -8,6 +9,8 @@
 
 PYTHON ?= python3
 DATA ?=
+CHECKPOINT ?=
+TIME ?=
 PYTEST ?=
 
 VENV := .venv
@@ -22,7 +25,8 @@ TEST_STAMP := $(VENV)/.installed-test
 .PHONY: demo test lint clean
 
 demo: $(RUN_STAMP)
-	$(BIN)/semseg-automl demo $(if $(DATA),--data "$(DATA)")
+	$(BIN)/semseg-automl demo $(if $(DATA),--data "$(DATA)") $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)") \
+	  $(if $(TIME),--time-limit $(TIME))
 
 # Passive: threads that wait for work sleep instead of spinning, which matters when suite and DataLoader share
 # two cores. pytest's exit status 5, no test ran, is a failure like any other.

@@ -85,7 +85,7 @@ EXTRAS_REQUIRE = {
         "setuptools>=70.1",
     ],
     # The U-Net that benchmarks compare with; nothing in the package imports it.
-    "bench": ["segmentation-models-pytorch>=0.5,<1"],
+    "bench": ["segmentation-models-pytorch>=0.6,<1"],
 }
 
 setup(

@@ -11,15 +11,12 @@ from typing import Any
 import torch
 
 from semseg_automl.errors import ConfigError
+from semseg_automl.models import ENCODERS
 from semseg_automl.models.checkpoints import read_checkpoint
-from semseg_automl.models.encoder import Encoder
 from semseg_automl.models.mask_decoder import MaskDecoder
 from semseg_automl.models.segmentation_model import SegmentationModel
-from semseg_automl.models.tiny_vit import TinyViT
 from semseg_automl.peft import METHODS
 from semseg_automl.plan import Plan
-
-ENCODERS: dict[str, type[TinyViT]] = {"tiny_vit": TinyViT}
 
 
 def build_model(plan: Plan, *, pretrained: bool = True) -> SegmentationModel:
@@ -36,7 +33,7 @@ def build_model(plan: Plan, *, pretrained: bool = True) -> SegmentationModel:
     """
     dim: Any = plan.decoder_options["dim"]
     options: dict[str, Any] = dict(plan.encoder_options)
-    encoder: Encoder = ENCODERS[plan.encoder](out_channels=dim, **options)
+    encoder = ENCODERS[plan.encoder](out_channels=dim, **options)
     if plan.checkpoint is not None:
         if pretrained:
             encoder.load_pretrained(read_checkpoint(plan.checkpoint), source=plan.checkpoint)

@@ -8,7 +8,6 @@ the last is written last, so a folder with it is whole.
 from __future__ import annotations
 
 import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,9 @@ from semseg_automl.version import __version__
 
 FORMAT = 1
 MAX_YAML_BYTES = 16 * 2**20
+
+# What building a network from senseless sizes raises: negative, zero, or too large to count even without memory.
+_UNBUILDABLE = (TypeError, KeyError, ValueError, ArithmeticError, RuntimeError)
 
 
 @dataclass
@@ -71,8 +73,8 @@ def save_bundle(path: str | Path, bundle: Bundle, *, frozen_too: bool = True) ->
             _write_yaml(folder / "plan.yaml", bundle.plan.model_dump(mode="json"))
             _write_yaml(folder / "task.yaml", bundle.task.to_dict())
         _write_tensors(folder / "trained.safetensors", {n: t for n, t in state.items() if n in trained})
-        versions = {"semseg_automl": __version__, "torch": torch.__version__}
-        _write_yaml(folder / "bundle.yaml", {"format": FORMAT, "versions": versions, **bundle.record})
+        versions = {"semseg_automl": __version__, "torch": str(torch.__version__)}
+        _write_yaml(folder / "bundle.yaml", {"format": FORMAT, **bundle.record, "versions": versions})
     except (OSError, SafetensorError) as error:
         raise BundleError(
             f"cannot write '{folder}' ({error}). Check space and permissions, or use another path."
@@ -105,7 +107,7 @@ def load_bundle(path: str | Path) -> Bundle:
         model = build_model(plan, pretrained=False)
     except BundleError:
         raise
-    except (OSError, SafetensorError, ValidationError, SemsegError, TypeError, KeyError) as error:
+    except (OSError, SafetensorError, ValidationError, SemsegError, *_UNBUILDABLE) as error:
         raise BundleError(f"'{folder}' is damaged: {error}. Save or fit again.") from error
     model.load_state_dict(state)
     return Bundle(model.eval(), plan, task, record)
@@ -148,9 +150,7 @@ class _replaced:  # noqa: N801
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        self.temporary = Path(name)
+        self.temporary = path.with_name(f".{path.name}.{os.getpid()}")
 
     def __enter__(self) -> Path:
         return self.temporary

@@ -149,11 +149,11 @@ def info(
 
 def main() -> None:
     """Run the command line; an error of ours is one line and exit code 2, Ctrl-C exit code 130."""
-    from semseg_automl import errors
+    from semseg_automl.errors import SemsegError
 
     try:
         app()
-    except errors.SemsegError as error:
+    except SemsegError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+)
 
 from semseg_automl.errors import ConfigError, nearest
 
@@ -38,7 +47,7 @@ class _Section(BaseModel):
 class ModelConfig(_Section):
     """Which network."""
 
-    encoder: Literal["tiny_vit"] = Field("tiny_vit", description="Image encoder.")
+    encoder: str = Field("tiny_vit", description="Image encoder: a name of models.ENCODERS.")
     checkpoint: str | None = Field(
         None,
         description="File of pretrained encoder weights (safetensors, timm's plain-ViT names); None: from scratch.",
@@ -49,7 +58,9 @@ class ModelConfig(_Section):
     multiclass_head: Auto | Literal["class_tokens", "queries"] = Field(
         "auto", description="One mask token per class, or queries with a classification layer."
     )
-    num_queries: Auto | int = Field("auto", description="Mask tokens of the queries head; at least the classes.")
+    num_queries: Auto | PositiveInt = Field(
+        "auto", description="Mask tokens of the queries head, no fewer than classes."
+    )
     decoder_dim: Auto | int = Field("auto", description="Channels of embeddings and decoder; divisible by 16.")
     detail: Auto | bool = Field("auto", description="Add convolutions on the image to the decoder's upscaled maps.")
 
@@ -64,8 +75,8 @@ class ModelConfig(_Section):
 class LoraConfig(_Section):
     """Options of LoRA and Conv-LoRA."""
 
-    rank: Auto | int = Field("auto", description="Width of the bottleneck.")
-    alpha: Auto | float = Field("auto", description="Scale of the correction, divided by the rank.")
+    rank: Auto | PositiveInt = Field("auto", description="Width of the bottleneck.")
+    alpha: Auto | PositiveFloat = Field("auto", description="Scale of the correction, divided by the rank.")
     experts: int = Field(8, ge=1, description="Convolution experts, of scales 1 to this number (Conv-LoRA).")
     activation: Literal["gelu", "none"] = Field("gelu", description="After the experts' convolution.")
     interpolation: Literal["bicubic", "bilinear"] = Field("bicubic", description="Of the experts' resizing.")
@@ -75,18 +86,16 @@ class LoraConfig(_Section):
 class OptimConfig(_Section):
     """How it is trained."""
 
-    peft: Auto | Literal["conv_lora", "lora", "decoder_only", "full"] = Field("auto", description="Fine-tuning method.")
+    peft: str = Field("auto", description="Fine-tuning method: auto, or a name of peft.METHODS.")
     lora: LoraConfig = Field(default_factory=LoraConfig)
-    loss: Auto | Literal["structure", "structure_weighted", "balanced_bce", "ce_dice", "set_criterion"] = Field(
-        "auto", description="Training loss."
-    )
-    lr: Auto | float = Field("auto", description="Peak learning rate of AdamW.")
+    loss: str = Field("auto", description="Training loss: auto, or a name of losses.CRITERIA.")
+    lr: Auto | PositiveFloat = Field("auto", description="Peak learning rate of AdamW.")
     weight_decay: float = Field(0.01, ge=0, description="Of matrices; biases, norms and vectors have none.")
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of training over which the learning rate rises.")
     schedule: Literal["cosine", "linear"] = Field("cosine", description="How the learning rate falls to zero.")
     gradient_clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
     ema: float = Field(0.98, ge=0, lt=1, description="Decay of the averaged weights that are kept; 0 for none.")
-    max_epochs: Auto | int = Field("auto", description="Passes over the data at most.")
+    max_epochs: Auto | PositiveInt = Field("auto", description="Passes over the data at most.")
     patience: int = Field(10, ge=1, description="Validations without improvement before training stops.")
 
 
@@ -102,9 +111,11 @@ class DataConfig(_Section):
 class EnvConfig(_Section):
     """Batch and machine."""
 
-    batch_size: Auto | int = Field("auto", description="Images per optimizer step, whatever the hardware.")
-    micro_batch_size: Auto | int = Field("auto", description="Images per forward pass; the rest is accumulated.")
-    num_workers: Auto | int = Field("auto", description="Loader processes.")
+    batch_size: Auto | PositiveInt = Field("auto", description="Images per optimizer step, whatever the hardware.")
+    micro_batch_size: Auto | PositiveInt = Field(
+        "auto", description="Images per forward pass; the rest accumulates."
+    )
+    num_workers: Auto | NonNegativeInt = Field("auto", description="Loader processes.")
     precision: Auto | Literal["32-true", "bf16-mixed", "16-mixed"] = Field("auto", description="Lightning's name.")
 
 

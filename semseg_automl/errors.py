@@ -1,15 +1,14 @@
 """Every error a user of semseg_automl can meet.
 
 Each message says what we got, what is allowed, and what to do. Each class is also a builtin ``ValueError`` or
-``RuntimeError``, so that code which knows nothing of this package can still catch it.
+``RuntimeError``, so that code which knows nothing of this package can still catch it. The one error that is
+scikit-learn's too, ``NotFittedError``, stands beside the estimator, so that this module imports nothing heavy.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-
-from sklearn.exceptions import NotFittedError as _SklearnNotFittedError
 
 
 class SemsegError(Exception):
@@ -38,10 +37,6 @@ class BundleError(SemsegError, RuntimeError):
 
 class TrainingError(SemsegError, RuntimeError):
     """Training cannot go on, for example because the loss is no longer finite."""
-
-
-class NotFittedError(SemsegError, _SklearnNotFittedError):  # type: ignore[misc]
-    """A method that needs a fitted segmentor was called before ``fit`` or ``load``."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

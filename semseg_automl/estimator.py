@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from os import PathLike
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
+from sklearn.exceptions import NotFittedError as SklearnNotFittedError
 from torch import Tensor
 
 from semseg_automl.build import seeded_model
 from semseg_automl.bundle import Bundle, load_bundle, save_bundle
 from semseg_automl.config import Config, load_config
 from semseg_automl.data.dataset import MaskDataModule, MaskDataset
-from semseg_automl.data.images import ImageSource, read_mask, write_png
+from semseg_automl.data.images import ImageSource
 from semseg_automl.data.table import MaskTable, RowCheck, check_rows, read_images, read_table, split_holdout
-from semseg_automl.errors import BundleError, ConfigError, NotFittedError
+from semseg_automl.errors import BundleError, ConfigError, SemsegError
+from semseg_automl.evaluation import check_values, save_masks, score_table
 from semseg_automl.hardware import detect_hardware
 from semseg_automl.inference import FailedPrediction, OnError, Predictor
 from semseg_automl.metrics import DEFAULT_METRICS, build_metrics
@@ -39,10 +40,15 @@ from semseg_automl.training import TrainingResult, Weights, check_trainer_option
 Table = pd.DataFrame | str | PathLike[str]
 Images = Table | ImageSource | Sequence[ImageSource]
 
-_log = logging.getLogger("semseg_automl")
+KEPT_SETTINGS = ("label", "image", "eval_metric", "validation_metric")
+"""Constructor arguments that a saved segmentor remembers."""
 
 MAX_HOLDOUT = 0.2
 """Share of the rows held out at most when none are given: a tenth, but ten rows at least, of small tables."""
+
+
+class NotFittedError(SemsegError, SklearnNotFittedError):  # type: ignore[misc]
+    """A method that needs a fitted segmentor was called before ``fit`` or ``load``."""
 
 
 class SemanticSegmentor(BaseEstimator):  # type: ignore[misc]
@@ -146,7 +152,7 @@ class SemanticSegmentor(BaseEstimator):  # type: ignore[misc]
         start = time.monotonic()
         settings = check_trainer_options(trainer_options)
         config = self._config(presets, hyperparameters, holdout_frac, settings)
-        table = read_table(train_data, image_column=self.image, label_column=self.label, base_dir=self.base_dir)
+        table = self._read(train_data)
         checks = check_rows(table)
         if tuning_data is None:
             asked = config.data.holdout_frac
@@ -154,9 +160,7 @@ class SemanticSegmentor(BaseEstimator):  # type: ignore[misc]
             fit_table, validation = split_holdout(table, checks, frac=frac, seed=seed)
         else:
             fit_table = table
-            validation = read_table(
-                tuning_data, image_column=self.image, label_column=self.label, base_dir=self.base_dir
-            )
+            validation = self._read(tuning_data)
             checks = [*checks, *check_rows(validation)]
         self.task_ = infer_task(
             [check.value_counts for check in checks],
@@ -197,31 +201,21 @@ class SemanticSegmentor(BaseEstimator):  # type: ignore[misc]
         self, config: Config, checks: Sequence[RowCheck], *, rows: int, seed: int, time_limit: float | None
     ) -> Plan:
         """Collect what the plan depends on, and make it."""
-        pixels = np.zeros(self.task_.num_classes)
-        for check in checks:
-            for index, value in enumerate(self.task_.values):
-                pixels[index] += check.value_counts.get(value, 0)
-        stats = DataStats(
-            rows=rows,
-            sizes=tuple(check.size for check in checks),
-            class_shares=tuple((pixels / max(1.0, pixels.sum())).tolist()),
-        )
+        stats = DataStats(rows=rows, sizes=tuple(check.size for check in checks))
         checkpoint = config.model.checkpoint
         shape = None if checkpoint is None else plain_vit_shape(read_checkpoint(checkpoint), source=checkpoint)
-        metric = self.validation_metric
-        if metric is None and isinstance(self.eval_metric, str):
-            metric = self.eval_metric
+        only_metric = self.eval_metric if isinstance(self.eval_metric, str) else None
         plan = make_plan(
             config,
             self.task_,
             stats,
             detect_hardware(),
             checkpoint_shape=shape,
-            validation_metric=metric,
+            validation_metric=self.validation_metric or only_metric,
             seed=seed,
             time_limit=time_limit,
         )
-        names = [plan.validation_metric, *self._metric_names(None)]
+        names = list(dict.fromkeys([plan.validation_metric, *self._metric_names(None)]))
         build_metrics(names, kind=self.task_.kind, num_classes=self.task_.num_classes)  # errors now, not after training
         return plan
 
@@ -278,9 +272,8 @@ class SemanticSegmentor(BaseEstimator):  # type: ignore[misc]
 
     def _record(self, result: TrainingResult) -> dict[str, Any]:
         """Gather what the bundle keeps beside weights, plan and task."""
-        settings = {key: getattr(self, key) for key in ("label", "image", "eval_metric", "validation_metric")}
         return {
-            "settings": settings,
+            "settings": {key: getattr(self, key) for key in KEPT_SETTINGS},
             "threshold": self.threshold_,
             "best_score": result.best_score,
             "best_epoch": result.best_epoch,
@@ -300,45 +293,25 @@ class SemanticSegmentor(BaseEstimator):  # type: ignore[misc]
             bundle.model.eval().to(device), bundle.plan.input_size, bundle.plan.micro_batch_size, device
         )
 
-    def evaluate(
-        self, data: Table, metrics: str | Sequence[str] | None = None, *, return_per_class: bool = False
-    ) -> dict[str, float]:
+    def evaluate(self, data: Table, metrics: str | Sequence[str] | None = None) -> dict[str, float]:
         """Score the segmentor on labelled images, at each image's own resolution, one image at a time.
 
         Args:
             data: table, or CSV file, with an image and a label column.
             metrics: names; None for the constructor's, else the task's standard set.
-            return_per_class: also give per-class figures, as ``iou[name]``.
 
         Returns:
-            Metric values by name; NaN where a figure is not defined.
+            Values by name; a metric with one value per class gives ``name[class]`` for each. NaN where undefined.
 
         Raises:
             DataError: rows cannot be used, or a mask holds a value that was unknown when fitting.
             ConfigError: a metric is unknown or of the other kind of task.
         """
         predictor = self._fitted()
-        table = read_table(data, image_column=self.image, label_column=self.label, base_dir=self.base_dir)
-        check_rows(table)
+        table = self._read(data)
+        check_values(self.task_, table, check_rows(table))
         names = self._metric_names(metrics)
-        built = build_metrics(names, kind=self.task_.kind, num_classes=self.task_.num_classes)
-        masks = cast(tuple[ImageSource, ...], table.masks)
-        for row, scores in enumerate(predictor.scores(table)):
-            assert not isinstance(scores, FailedPrediction)
-            name = table.row_name(row)
-            target = torch.from_numpy(self.task_.encode(read_mask(masks[row], name=name), name=name)).long()
-            labels = hard_labels(scores, self.threshold_)
-            for metric in built.values():
-                metric.update(scores, labels, target)
-        results: dict[str, float] = {}
-        for name, metric in built.items():
-            value = metric.compute()
-            if value.ndim:
-                per_class = zip(self.task_.class_names, value.tolist(), strict=True)
-                results.update({f"{name}[{class_name}]": figure for class_name, figure in per_class})
-            else:
-                results[name] = float(value)
-        return results
+        return score_table(predictor, table, self.task_, metrics=names, threshold=self.threshold_)
 
     def predict(
         self,
@@ -365,7 +338,8 @@ class SemanticSegmentor(BaseEstimator):  # type: ignore[misc]
             for scores in self._fitted().scores(table, on_error=on_error)
         )
         if save_to is not None:
-            return _save_masks(table, masks, Path(save_to))
+            rows = save_masks(table, masks, Path(save_to))
+            return pd.DataFrame(rows, index=table.index, columns=["image", "mask", "error"])
         return next(masks) if single else list(masks)
 
     def predict_proba(self, data: Images, *, on_error: OnError = "raise") -> Any:
@@ -428,7 +402,7 @@ class SemanticSegmentor(BaseEstimator):  # type: ignore[misc]
         """
         bundle = load_bundle(Path(path))
         settings = bundle.record.get("settings")
-        if not isinstance(settings, dict) or not set(settings) <= set(cls._get_param_names()):
+        if not isinstance(settings, dict) or not set(settings) <= set(KEPT_SETTINGS):
             raise BundleError(f"'{path}' is damaged: bundle.yaml holds no settings. Save or fit again.")
         segmentor = cls(path=path, **settings)
         segmentor.path_ = Path(path)
@@ -447,6 +421,9 @@ class SemanticSegmentor(BaseEstimator):  # type: ignore[misc]
     def _metric_names(self, asked: str | Sequence[str] | None) -> list[str]:
         chosen = asked or self.eval_metric or DEFAULT_METRICS[self.task_.kind]
         return [chosen] if isinstance(chosen, str) else list(chosen)
+
+    def _read(self, data: Table) -> MaskTable:
+        return read_table(data, image_column=self.image, label_column=self.label, base_dir=self.base_dir)
 
     def _images(self, data: Images) -> tuple[MaskTable, bool]:
         """Read the images to predict; also say whether it is one image, not a list of them."""
@@ -469,24 +446,3 @@ class SemanticSegmentor(BaseEstimator):  # type: ignore[misc]
             f"epoch {entry['epoch']:.0f}: {entry['seconds']:.0f} s, step {entry['step']:.0f}, "
             f"train loss {entry.get('train_loss', math.nan):.4f}, {metric} {entry[metric]:.4f}"
         )
-
-
-def _save_masks(table: MaskTable, masks: Iterator[NDArray[Any] | FailedPrediction], folder: Path) -> pd.DataFrame:
-    """Write one PNG per row; a name that came before gets the row's position behind it."""
-    rows: list[dict[str, str | None]] = []
-    taken: set[str] = set()
-    for position, mask in enumerate(masks):
-        source = table.images[position]
-        named = isinstance(source, str | PathLike)
-        entry: dict[str, str | None] = {"image": str(source) if named else None, "mask": None, "error": None}
-        if isinstance(mask, FailedPrediction):
-            entry["error"] = mask.reason
-        else:
-            stem = Path(cast(str, source)).stem if named else f"image_{position}"
-            while stem.lower() in taken:
-                stem = f"{stem}_{position}"
-            taken.add(stem.lower())
-            write_png(folder / f"{stem}.png", mask)
-            entry["mask"] = str(folder / f"{stem}.png")
-        rows.append(entry)
-    return pd.DataFrame(rows, index=table.index, columns=["image", "mask", "error"])

@@ -7,6 +7,7 @@ A criterion takes the model's output and the batch's mask and resizes the logits
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,7 +17,22 @@ from semseg_automl.matching import hungarian_match
 from semseg_automl.models.mask_decoder import SegmentationOutput
 from semseg_automl.task import IGNORE_INDEX
 
-Criterion = Callable[[SegmentationOutput, Tensor], Tensor]
+
+@dataclass(frozen=True)
+class Criterion:
+    """A training loss of the model's output and the batch's mask ``(B, H, W)``.
+
+    Attributes:
+        head: the mask decoder it trains: ``binary``, ``class_tokens`` or ``queries``.
+        function: computes the loss, a scalar.
+    """
+
+    head: str
+    function: Callable[[SegmentationOutput, Tensor], Tensor]
+
+    def __call__(self, output: SegmentationOutput, mask: Tensor) -> Tensor:
+        """Compute the loss."""
+        return self.function(output, mask)
 
 
 def structure_loss(logits: Tensor, mask: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -155,10 +171,11 @@ def set_criterion(
             query, which = hungarian_match(cost)
         class_target[i, query] = present[which]
         logits = output.mask_logits[i, query].float()[:, None]
-        place = uncertain_points(logits.detach(), points, oversample, importance)
+        known_maps = known.expand(len(which), 1, -1, -1)
+        place = uncertain_points(logits.detach(), known_maps, points, oversample, importance)
         matched_logits.append(sample_points(logits, place)[:, 0])
         matched_targets.append(sample_points(one_hot[which][:, None], place, mode="nearest")[:, 0])
-        matched_valid.append(sample_points(known.expand(len(which), 1, -1, -1), place, mode="nearest")[:, 0])
+        matched_valid.append(sample_points(known_maps, place, mode="nearest")[:, 0])
     weight = torch.ones(entries, device=mask.device)
     weight[-1] = no_object
     loss = 2 * F.cross_entropy(class_logits.float().flatten(0, 1), class_target.flatten(), weight=weight)
@@ -188,15 +205,17 @@ def sample_points(maps: Tensor, place: Tensor, mode: str = "bilinear") -> Tensor
     return F.grid_sample(maps, 2 * place[:, :, None] - 1, mode=mode, align_corners=False)[..., 0]
 
 
-def uncertain_points(logits: Tensor, points: int, oversample: float, importance: float) -> Tensor:
+def uncertain_points(logits: Tensor, known: Tensor, points: int, oversample: float, importance: float) -> Tensor:
     """Draw points ``(B, points, 2)`` where ``logits (B, 1, H, W)`` are closest to zero, the rest uniformly.
 
-    PointRend (Kirillov et al., 2020, section 3.1).
+    PointRend (Kirillov et al., 2020, section 3.1). Where ``known (B, 1, H, W)`` is 0 nothing teaches the logits and
+    they stay close to zero, so such points are taken last.
     """
     batch = len(logits)
     chosen = int(importance * points)
     candidates = torch.rand(batch, int(oversample * points), 2, device=logits.device)
     doubt = -sample_points(logits, candidates)[:, 0].abs()
+    doubt = doubt.masked_fill(sample_points(known, candidates, mode="nearest")[:, 0] == 0, -torch.inf)
     best = doubt.topk(chosen, dim=1).indices
     kept = candidates.gather(1, best[..., None].expand(-1, -1, 2))
     return torch.cat([kept, torch.rand(batch, points - chosen, 2, device=logits.device)], dim=1)
@@ -210,7 +229,7 @@ def _binary(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Criterion:
         valid = mask != IGNORE_INDEX
         return function(logits, torch.where(valid, mask, 0), valid)
 
-    return criterion
+    return Criterion("binary", criterion)
 
 
 def _resize_to(logits: Tensor, mask: Tensor) -> Tensor:
@@ -225,6 +244,6 @@ CRITERIA: dict[str, Criterion] = {
     "structure": _binary(structure_loss),
     "structure_weighted": _binary(structure_loss_weighted),
     "balanced_bce": _binary(balanced_bce),
-    "ce_dice": _ce_dice_criterion,
-    "set_criterion": set_criterion,
+    "ce_dice": Criterion("class_tokens", _ce_dice_criterion),
+    "set_criterion": Criterion("queries", set_criterion),
 }

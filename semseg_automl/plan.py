@@ -7,15 +7,18 @@ decides only the micro-batch, number format and loader processes, never the effe
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from semseg_automl.config import Config
-from semseg_automl.errors import ConfigError, UnsupportedCombination
+from semseg_automl.errors import ConfigError, UnsupportedCombination, nearest
 from semseg_automl.hardware import Hardware
+from semseg_automl.losses import CRITERIA
+from semseg_automl.models import ENCODERS
+from semseg_automl.peft import METHODS
 from semseg_automl.task import SegmentationTask
 
 
@@ -26,12 +29,10 @@ class DataStats:
     Attributes:
         rows: number of labelled images.
         sizes: ``(height, width)`` of each image in pixels.
-        class_shares: share of the known pixels per class, in the task's order.
     """
 
     rows: int
     sizes: tuple[tuple[int, int], ...]
-    class_shares: tuple[float, ...]
 
 
 class Plan(BaseModel):
@@ -93,14 +94,19 @@ class Plan(BaseModel):
         return "\n".join(lines)
 
 
+DETAIL_STRIDE = 16  # the detail branch's maps of 1/8 and 1/4 meet the decoder's there
+
+USUAL_LOSS = {"binary": "structure", "class_tokens": "ce_dice", "queries": "set_criterion"}
+
 SCRATCH_ENCODER: dict[str, int | list[int]] = {
     "embed_dim": 192,
-    "depth": 6,
+    "depth": 4,
     "num_heads": 3,
     "patch_size": 16,
+    "conv_stem": True,
     "window_size": 0,
     "grid": 16,
-    "neck_taps": [1, 3, 5],
+    "neck_taps": [1, 3],
 }
 
 
@@ -132,13 +138,15 @@ def make_plan(
         UnsupportedCombination: two settings exclude each other; those that work are named.
     """
     reasons: dict[str, str] = {}
+    _check_known("model.encoder", config.model.encoder, ENCODERS)
     encoder_options = _encoder_options(checkpoint_shape, reasons)
     stride = encoder_options["patch_size"]
     if not isinstance(stride, int):
         raise TypeError("patch_size must be an int")
     input_size = _input_size(config, stats, stride, reasons)
     peft, peft_options = _peft(config, pretrained=checkpoint_shape is not None, reasons=reasons)
-    loss, decoder_options = _head(config, task, reasons)
+    pretrained = checkpoint_shape is not None
+    loss, decoder_options = _head(config, task, stride, pretrained=pretrained, reasons=reasons)
     batch_size, views, max_epochs = _budget(config, stats, time_limit, reasons)
     micro, precision, workers = _machine(config, hardware, batch_size, input_size, reasons)
     return Plan(
@@ -178,6 +186,13 @@ def _resolve(asked: Any, auto: Any, name: str, why: str, reasons: dict[str, str]
         return auto
     reasons[name] = "as asked"
     return asked
+
+
+def _check_known(setting: str, name: str, known: Iterable[str]) -> None:
+    """Raise `ConfigError` naming the nearest unless `name` is known."""
+    names = list(known)
+    if name not in names:
+        raise ConfigError(f"unknown {setting} '{name}'{nearest(name, names)}. Known: {', '.join(names)}.")
 
 
 def _encoder_options(shape: dict[str, int] | None, reasons: dict[str, str]) -> dict[str, int | list[int]]:
@@ -224,11 +239,12 @@ def _peft(config: Config, *, pretrained: bool, reasons: dict[str, str]) -> tuple
         )
     else:
         method = _resolve(config.optim.peft, "full", "peft", "no pretrained weights: nothing worth freezing", reasons)
-        if method != "full":
+        if method in METHODS and method != "full":
             raise UnsupportedCombination(
                 f"optim.peft is '{method}', which keeps the encoder frozen, but it has no pretrained weights. "
                 "Give model.checkpoint, or use optim.peft='full'."
             )
+    _check_known("optim.peft", method, METHODS)
     lora = config.optim.lora
     options: dict[str, int | float | str] = {}
     if method in ("lora", "conv_lora"):
@@ -244,32 +260,42 @@ def _peft(config: Config, *, pretrained: bool, reasons: dict[str, str]) -> tuple
     return method, options
 
 
-def _head(config: Config, task: SegmentationTask, reasons: dict[str, str]) -> tuple[str, dict[str, int | bool | None]]:
+def _head(
+    config: Config, task: SegmentationTask, stride: int, *, pretrained: bool, reasons: dict[str, str]
+) -> tuple[str, dict[str, int | bool | None]]:
     """Choose the loss and the shape of the mask decoder; each loss belongs to one kind of head."""
-    dim = _resolve(config.model.decoder_dim, 128, "decoder_options", "small decoder: more steps per second", reasons)
-    detail = True if config.model.detail == "auto" else config.model.detail
-    decoder: dict[str, int | bool | None] = {"dim": dim, "mlp_dim": 4 * dim, "detail": detail}
-    if task.kind == "binary":
-        loss = _resolve(config.optim.loss, "structure", "loss", "binary: the paper's loss", reasons)
-        if loss not in ("structure", "structure_weighted", "balanced_bce"):
-            raise UnsupportedCombination(
-                f"optim.loss is '{loss}', which is for several classes; this task is binary. "
-                "Losses that work: structure, structure_weighted, balanced_bce."
-            )
-        return loss, decoder | {"num_mask_tokens": 1, "num_classes": None}
-    head = config.model.multiclass_head
-    losses = {"class_tokens": "ce_dice", "queries": "set_criterion"}
-    if head == "auto":
-        head = "queries" if config.optim.loss == "set_criterion" else "class_tokens"
-    loss = _resolve(config.optim.loss, losses[head], "loss", "better than the alternative on small data", reasons)
-    if loss != losses[head]:
+    dim = 256 if pretrained else 128
+    why = "SAM's width, to read pretrained tokens" if pretrained else "narrow: more steps per second from scratch"
+    dim = _resolve(config.model.decoder_dim, dim, "decoder_options", why, reasons)
+    detail = stride == DETAIL_STRIDE if config.model.detail == "auto" else config.model.detail
+    if detail and stride != DETAIL_STRIDE:
         raise UnsupportedCombination(
-            f"optim.loss is '{loss}' with the multi-class head '{head}'; the loss that works with it: {losses[head]}."
+            f"model.detail is True, which fits encoders of stride {DETAIL_STRIDE}; this one's is {stride}. "
+            "Use model.detail=False."
         )
+    decoder: dict[str, int | bool | None] = {"dim": dim, "mlp_dim": 4 * dim, "detail": detail}
+    asked = config.optim.loss
+    if asked != "auto":
+        _check_known("optim.loss", asked, CRITERIA)
+    if task.kind == "binary":
+        head = "binary"
+    elif config.model.multiclass_head != "auto":
+        head = config.model.multiclass_head
+    else:
+        head = "queries" if asked != "auto" and CRITERIA[asked].head == "queries" else "class_tokens"
+    loss = _resolve(asked, USUAL_LOSS[head], "loss", "measured on small data: benchmarks/RESULTS.md", reasons)
+    if CRITERIA[loss].head != head:
+        fitting = ", ".join(name for name, criterion in CRITERIA.items() if criterion.head == head)
+        raise UnsupportedCombination(
+            f"optim.loss is '{loss}', which does not fit the {head} head of this {task.kind} task. "
+            f"Losses that do: {fitting}."
+        )
+    if head == "binary":
+        return loss, decoder | {"num_mask_tokens": 1, "num_classes": None}
     if head == "class_tokens":
         return loss, decoder | {"num_mask_tokens": task.num_classes, "num_classes": None}
-    asked = config.model.num_queries
-    queries = max(10, task.num_classes) if asked == "auto" else asked
+    wanted = config.model.num_queries
+    queries = max(10, task.num_classes) if wanted == "auto" else wanted
     if queries < task.num_classes:
         raise ConfigError(f"model.num_queries is {queries}; {task.num_classes} classes need at least as many queries.")
     return loss, decoder | {"num_mask_tokens": queries, "num_classes": task.num_classes}

@@ -60,12 +60,12 @@ def _declare_operators() -> None:
     """Declare torchvision's compiled operators to torch, those that exist already left alone."""
     import torch
 
-    library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]  # noqa: TOR901
+    library = torch.library.Library("torchvision", "FRAGMENT")  # noqa: TOR901
     for schema in _SCHEMAS:
         name = schema.partition("(")[0]
         if not hasattr(torch.ops.torchvision, name):
-            library.define(schema)  # type: ignore[no-untyped-call]
-    library.impl("nms", _nms, "CPU")  # type: ignore[no-untyped-call]
+            library.define(schema)
+    library.impl("nms", _nms, "CPU")
     _libraries.append(library)
 
 

@@ -7,12 +7,14 @@ steps or clock, and what an interruption leaves behind are decided here.
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -316,24 +318,8 @@ def train(
         check_finite=False,
     )
     callbacks = [clock, keeper, patience, *options.pop("callbacks", [])]
-    settings = {
-        "max_epochs": plan.max_epochs,
-        "accumulate_grad_batches": plan.batch_size // plan.micro_batch_size,
-        "precision": plan.precision,
-        "gradient_clip_val": plan.gradient_clip,
-        "enable_progress_bar": progress_bar,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "logger": False,
-        "num_sanity_val_steps": 0,
-        "use_distributed_sampler": False,
-        **options,
-    }
-    interrupted = False
-    with warnings.catch_warnings():
-        # Loader processes are the plan's decision, and so is an epoch of few batches.
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+    settings = _trainer_settings(plan) | {"enable_progress_bar": progress_bar} | options
+    with _quiet_lightning():
         trainer = lightning.Trainer(callbacks=callbacks, **settings)
         with torch.random.fork_rng():
             torch.manual_seed(plan.seed)
@@ -346,6 +332,39 @@ def train(
         result.stopped_by = "time_limit"
     elif patience.stopped_epoch:
         result.stopped_by = "patience"
+
+
+def _trainer_settings(plan: Plan) -> dict[str, Any]:
+    """Return what the plan and this module decide of Lightning's trainer."""
+    return {
+        "max_epochs": plan.max_epochs,
+        "accumulate_grad_batches": plan.batch_size // plan.micro_batch_size,
+        "precision": plan.precision,
+        "gradient_clip_val": plan.gradient_clip,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "logger": False,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,
+    }
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Keep Lightning's advertisements, and its doubts about what the plan decided, from the user's screen."""
+    talk = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = talk.level
+    talk.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            # Loader processes are the plan's decision, and so is an epoch of few batches.
+            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+            # Lightning 2.6 with torch 2.13, on torch's own tree specs.
+            warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+            yield
+    finally:
+        talk.setLevel(level)
 
 
 def _fit_or_interrupt(trainer: lightning.Trainer, module: FineTuneModule, data: MaskDataModule) -> bool:

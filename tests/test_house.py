@@ -28,6 +28,7 @@ LAYERS = [
     "data.dataset plan",
     "build",
     "training inference bundle",
+    "evaluation",
     "estimator",
     "report serve tune export",
     "demo",

@@ -188,16 +188,19 @@ class MaskDataModule(lightning.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Return shuffled batches; a last incomplete one is left out, its rows come in other epochs."""
-        return self._loader(self.train, sampler=ViewSampler(len(self.train), self.views, self.seed), drop_last=True)
+        sampler = ViewSampler(len(self.train), self.views, self.seed)
+        return self._loader(self.train, min(self.batch_size, len(sampler)), sampler=sampler, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Sample]:
         """Return the validation rows in order."""
-        return self._loader(self.validation, sampler=None, drop_last=False)
+        return self._loader(self.validation, self.batch_size, sampler=None, drop_last=False)
 
-    def _loader(self, data: MaskDataset, *, sampler: Sampler[int] | None, drop_last: bool) -> DataLoader[Sample]:
+    def _loader(
+        self, data: MaskDataset, batch_size: int, *, sampler: Sampler[int] | None, drop_last: bool
+    ) -> DataLoader[Sample]:
         return DataLoader(
             data,
-            batch_size=min(self.batch_size, len(data)),
+            batch_size=batch_size,
             sampler=sampler,
             drop_last=drop_last,
             num_workers=self.num_workers,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import pickle
+import struct
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
@@ -11,6 +12,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from semseg_automl.errors import CheckpointError
+
+# torch's unpickler for weights reads bytes as they come: on a file that was cut off it fails with whatever is next.
+_UNREADABLE = (
+    *(SafetensorError, UnpicklingError, OSError, EOFError, RuntimeError, struct.error),
+    *(LookupError, ValueError, TypeError, AttributeError, AssertionError),
+)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
@@ -29,7 +36,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except _UNREADABLE as error:
         raise CheckpointError(f"'{path}' cannot be read as weights ({error}). Fetch it again.") from error
     for key in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from semseg_automl.models.layers import LayerNorm2d
+from semseg_automl.models.layers import LayerNorm2d, attend
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class TokenAttention(nn.Module):
             x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
             for x in (self.q_proj(q), self.k_proj(k), self.v_proj(v))
         )
-        out: Tensor = self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        out: Tensor = self.out_proj(attend(q, k, v).transpose(1, 2).flatten(2))
         return out
 
 
@@ -133,6 +133,11 @@ class HypernetworkMlp(nn.Module):
         return out
 
 
+def conv_norm_act(channels: int) -> nn.Sequential:
+    """Return a 3x3 convolution of as many channels, layer normalisation and GELU."""
+    return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.GroupNorm(4, channels), nn.GELU())
+
+
 class DetailBranch(nn.Module):
     """A few convolutions on the image itself, added to the decoder's upscaled maps where tokens are too coarse.
 
@@ -142,17 +147,19 @@ class DetailBranch(nn.Module):
 
     def __init__(self, fine: int, coarse: int) -> None:
         super().__init__()
-        self.to_half = nn.Sequential(nn.Conv2d(3, 24, 3, stride=2, padding=1), LayerNorm2d(24), nn.GELU())
+        self.to_half = nn.Sequential(nn.Conv2d(3, 24, 3, stride=2, padding=1), nn.GroupNorm(4, 24), nn.GELU())
         self.to_quarter = nn.Sequential(
             nn.Conv2d(24, 48, 3, stride=2, padding=1),
-            LayerNorm2d(48),
+            nn.GroupNorm(4, 48),
             nn.GELU(),
             nn.Conv2d(48, 48, 3, padding=1),
             nn.GELU(),
         )
-        self.to_eighth = nn.Sequential(nn.Conv2d(48, 64, 3, stride=2, padding=1), LayerNorm2d(64), nn.GELU())
+        self.to_eighth = nn.Sequential(nn.Conv2d(48, 64, 3, stride=2, padding=1), nn.GroupNorm(4, 64), nn.GELU())
         self.to_fine = nn.Conv2d(48, fine, 1)
         self.to_coarse = nn.Conv2d(64, coarse, 1)
+        self.mix_coarse = conv_norm_act(coarse)
+        self.mix_fine = conv_norm_act(fine)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Map ``(B, 3, H, W)`` to ``(B, coarse, H / 8, W / 8)`` and ``(B, fine, H / 4, W / 4)``."""
@@ -224,8 +231,9 @@ class MaskDecoder(nn.Module):
         first, norm, act, second, last = self.output_upscaling
         coarse, fine = self.detail(images)
         x = act(norm(first(x) + coarse))
-        out = last(second(x) + fine)
-        return out
+        x = x + self.detail.mix_coarse(x)
+        x = last(second(x) + fine)
+        return x + self.detail.mix_fine(x)
 
     def image_position(self, height: int, width: int) -> Tensor:
         """Return random Fourier features of a grid's pixel centres, ``(1, height * width, dim)``."""

@@ -7,6 +7,7 @@ and the neck may read the tokens of several blocks instead of the last alone.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from semseg_automl.errors import CheckpointError, ConfigError
 from semseg_automl.models.encoder import Encoder
-from semseg_automl.models.layers import LayerNorm2d
+from semseg_automl.models.layers import LayerNorm2d, attend
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
@@ -35,7 +36,7 @@ class Attention(nn.Module):
         batch, height, width, dim = x.shape
         qkv = self.qkv(x).view(batch, height * width, 3, self.num_heads, dim // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        out = attend(q, k, v).transpose(1, 2)
         projected: Tensor = self.proj(out.reshape(batch, height, width, dim))
         return projected
 
@@ -107,6 +108,37 @@ class PatchEmbed(nn.Module):
         return tokens
 
 
+class ConvStem(nn.Module):
+    """A stack of convolutions to tokens ``(B, H / patch, W / patch, dim)``, for encoders that train from scratch.
+
+    Few images do not teach a ViT locality; early convolutions give it (Xiao et al., "Early Convolutions Help
+    Transformers See Better", NeurIPS 2021). Each stage halves the side and doubles the width.
+    """
+
+    def __init__(self, dim: int, patch_size: int) -> None:
+        super().__init__()
+        stages = patch_size.bit_length() - 1
+        widths = [3, *(max(24, dim >> (stages - 1 - i)) for i in range(stages))]
+        self.stages = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(narrow, wide, kernel_size=3, stride=2, padding=1),
+                nn.GroupNorm(4, wide),
+                nn.GELU(),
+                nn.Conv2d(wide, wide, kernel_size=3, padding=1),
+                nn.GroupNorm(4, wide),
+                nn.GELU(),
+            )
+            for narrow, wide in itertools.pairwise(widths)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embed ``(B, 3, H, W)``."""
+        x = images
+        for stage in self.stages:
+            x = stage(x)
+        return x.permute(0, 2, 3, 1)
+
+
 class MultiBlockNeck(nn.Module):
     """Tokens of one or more blocks to the embeddings the decoder reads: norm, 1x1 conv, 3x3 conv, as in SAM's neck.
 
@@ -138,6 +170,7 @@ class TinyViT(Encoder):
         depth: number of blocks.
         num_heads: attention heads; divides `embed_dim`.
         patch_size: pixels per token and side, the encoder's stride.
+        conv_stem: embed patches by a stack of convolutions; `patch_size` must be a power of two then.
         window_size: tokens per window side, 0 for global attention everywhere.
         global_blocks: blocks with global attention when windows are used.
         neck_taps: blocks whose tokens the neck reads, in order.
@@ -145,7 +178,8 @@ class TinyViT(Encoder):
         grid: side of the stored position embedding, in tokens; interpolated to the grid of the input.
 
     Raises:
-        ConfigError: the heads do not divide the width, or a tap is not a block.
+        ConfigError: the heads do not divide the width, a tap is no block or comes twice, or the stem does not fit the
+            patch size.
     """
 
     def __init__(
@@ -155,6 +189,7 @@ class TinyViT(Encoder):
         depth: int = 6,
         num_heads: int = 3,
         patch_size: int = 16,
+        conv_stem: bool = False,
         window_size: int = 0,
         global_blocks: Sequence[int] = (),
         neck_taps: Sequence[int] = (-1,),
@@ -164,14 +199,16 @@ class TinyViT(Encoder):
         super().__init__(pixel_mean=IMAGENET_MEAN, pixel_std=IMAGENET_STD)
         if embed_dim % num_heads:
             raise ConfigError(f"embed_dim is {embed_dim} and num_heads {num_heads}; the heads must divide the width.")
-        taps = sorted(tap % depth for tap in neck_taps if -depth <= tap < depth)
+        if conv_stem and patch_size & (patch_size - 1):
+            raise ConfigError(f"patch_size is {patch_size}; with a convolution stem it must be a power of two.")
+        taps = sorted({tap % depth for tap in neck_taps if -depth <= tap < depth})
         if len(taps) != len(neck_taps) or not taps:
-            raise ConfigError(f"neck_taps is {tuple(neck_taps)}; allowed: one or more of 0 to {depth - 1}.")
+            raise ConfigError(f"neck_taps is {tuple(neck_taps)}; allowed: one or more of 0 to {depth - 1}, each once.")
         self.stride = patch_size
         self.embed_dim = embed_dim
         self.out_channels = out_channels
         self.neck_taps = tuple(taps)
-        self.patch_embed = PatchEmbed(embed_dim, patch_size)
+        self.patch_embed = (ConvStem if conv_stem else PatchEmbed)(embed_dim, patch_size)
         self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, embed_dim))
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, window_size=0 if i in global_blocks else window_size) for i in range(depth)

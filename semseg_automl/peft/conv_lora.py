@@ -264,7 +264,8 @@ class ConvLoraLinear(nn.Module):
             if self.activation == "gelu":
                 maps = F.gelu(maps)
             weights = row_weights[expert][:, :, :, None, None, None] * column_weights[expert][:, None, None, None]
-            return (maps * weights).sum(dim=(1, 4)).transpose(2, 3)
+            convolved: Tensor = (maps * weights).sum(dim=(1, 4)).transpose(2, 3)
+            return convolved
 
 
 def check_options(experts: int, activation: str, interpolation: str, gate: str) -> None:

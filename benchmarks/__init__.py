@@ -1,0 +1,1 @@
+"""Reproduction and speed: every figure in RESULTS.md comes from a command here."""

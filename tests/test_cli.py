@@ -1,0 +1,105 @@
+"""The command line: the same functions, answers at once, and errors of one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from semseg_automl import cli
+from semseg_automl.data.images import read_image
+from semseg_automl.data.synthetic import draw_dataset
+
+SMALL = [
+    "-s", "model.input_size=64", "-s", "model.decoder_dim=32", "-s", "model.detail=false",
+    "-s", "optim.max_epochs=1", "-s", "env.precision=32-true", "-s", "env.batch_size=4",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Draw a small data set."""
+    return draw_dataset(tmp_path_factory.mktemp("data"), kind="binary", train=8, val=3, test=3, size=(64, 80))
+
+
+def run(*arguments: str) -> str:
+    """Run a command that must succeed and return what it printed."""
+    result = CliRunner().invoke(cli.app, list(arguments), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_cli__fit_evaluate_predict_info__go_through(folder: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "b"
+    printed = run("fit", str(folder / "train.csv"), "--val", str(folder / "val.csv"), "--out", str(bundle), *SMALL)
+    assert "binary segmentation" in printed
+    assert "saved in" in printed
+    figures = json.loads(run("evaluate", str(bundle), str(folder / "test.csv"), "--json"))
+    assert 0 <= figures["iou"] <= 1
+    assert "s_measure" in run("evaluate", str(bundle), str(folder / "test.csv"))
+    assert "3 masks" in run("predict", str(bundle), str(folder / "test.csv"), "--out", str(tmp_path / "masks"))
+    table = pd.read_csv(tmp_path / "masks" / "predictions.csv")
+    assert table["mask"].map(lambda path: Path(path).is_file()).all()
+    described = run("info", str(bundle))
+    assert "tiny_vit" in described
+    assert "because" in described
+
+
+def test_cli__info_without_bundle__describes_machine_and_presets() -> None:
+    printed = run("info")
+    assert "fast" in printed
+    assert "GiB" in printed
+
+
+def test_cli__fit_dry_run__prints_the_plan_and_writes_nothing(folder: Path, tmp_path: Path) -> None:
+    printed = run("fit", str(folder / "train.csv"), "--out", str(tmp_path / "b"), "--dry-run", *SMALL)
+    assert "input_size" in printed
+    assert not (tmp_path / "b").exists()
+
+
+def test_cli__predict_with_a_bad_file__writes_the_others_and_says_so(folder: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "b"
+    run("fit", str(folder / "train.csv"), "--val", str(folder / "val.csv"), "--out", str(bundle), *SMALL)
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "bad.png").write_bytes(b"nothing")
+    good = Path(pd.read_csv(folder / "test.csv")["image"][0])
+    (images / f"good{good.suffix}").write_bytes((folder / good).read_bytes())
+    result = CliRunner().invoke(cli.app, ["predict", str(bundle), str(images), "--out", str(tmp_path / "masks")])
+    assert result.exit_code == 1
+    assert "1 masks" in result.output
+    assert "bad.png" in result.output
+    assert (tmp_path / "masks" / "good.png").is_file()
+
+
+def test_cli__demo_on_a_folder__leaves_bundle_masks_and_picture(folder: Path, tmp_path: Path) -> None:
+    printed = run("demo", "--data", str(folder), "--out", str(tmp_path), "--time-limit", "60", *SMALL)
+    out = tmp_path / folder.name
+    assert "iou" in printed
+    assert (out / "bundle" / "bundle.yaml").is_file()
+    assert len(list((out / "masks").glob("*.png"))) == 3
+    assert read_image(out / "overlay.png").shape[1] == 3 * 240
+
+
+def test_cli__error_of_ours__is_one_line_and_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("sys.argv", ["semseg-automl", "evaluate", str(tmp_path), "x.csv"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ")
+    assert "no saved segmentor" in printed
+
+
+def test_cli__set_without_value__says_how_to_write_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["semseg-automl", "fit", "x.csv", "-s", "optim.lr"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "key=value" in capsys.readouterr().err

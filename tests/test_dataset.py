@@ -1,0 +1,196 @@
+"""Samples and batches: views, seeds, loader processes, the cache's budget, and what a batch holds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from semseg_automl.data import dataset as dataset_module
+from semseg_automl.data.dataset import Batch, MaskDataModule, MaskDataset, Sample, ViewSampler, collate
+from semseg_automl.data.images import ImageSource, read_image
+from semseg_automl.data.table import MaskTable
+from semseg_automl.data.transforms import resize, resize_mask
+from semseg_automl.task import IGNORE_INDEX, SegmentationTask
+
+TASK = SegmentationTask("binary", (0, 255), ("background", "leaf"), ignore_values=(100,))
+SIZE = (16, 24)
+
+
+def draw_table(rows: int = 5) -> MaskTable:
+    """Draw images of different sizes whose masks hold background, foreground and an ignored value."""
+    rng = np.random.default_rng(0)
+    images: list[ImageSource] = []
+    masks: list[ImageSource] = []
+    for row in range(rows):
+        shape = (20 + 2 * row, 30 - row)
+        images.append(rng.integers(0, 256, (*shape, 3), dtype=np.uint8))
+        masks.append(rng.choice(np.array([0, 255, 100], dtype=np.uint8), shape))
+    return MaskTable(tuple(images), tuple(masks), pd.RangeIndex(rows))
+
+
+def draw_dataset(rows: int = 5, augmentation: str = "none", seed: int = 0) -> MaskDataset:
+    """Make a dataset of such a table."""
+    return MaskDataset(draw_table(rows), TASK, SIZE, augmentation, seed)
+
+
+def draw_module(rows: int = 5, **options: Any) -> MaskDataModule:
+    """Make a data module, strongly augmented, over such tables."""
+    settings = {"batch_size": 2, "views": 3, "num_workers": 0, "seed": 4, **options}
+    return MaskDataModule(draw_dataset(rows, "strong"), draw_dataset(rows), **settings)
+
+
+def same(a: Sample, b: Sample) -> bool:
+    """Whether two samples are equal bit for bit."""
+    return np.array_equal(a.image, b.image) and np.array_equal(a.mask, b.mask) and a.geometry == b.geometry
+
+
+def assert_same_batches(got: Iterable[Batch], expected: Iterable[Batch]) -> None:
+    """Compare batches bit for bit."""
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a.image, b.image)
+        assert torch.equal(a.mask, b.mask)
+        assert a.geometry == b.geometry
+        for mine, theirs in zip(a.native_masks, b.native_masks, strict=True):
+            assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("views", [1, 3])
+def test_view_sampler__each_epoch__shows_every_row_as_often_as_asked(views: int) -> None:
+    sampler = ViewSampler(rows=7, views=views, seed=0)
+    seen: set[int] = set()
+    orders = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        indices = list(sampler)
+        assert len(indices) == len(sampler) == 7 * views
+        assert Counter(index % 7 for index in indices) == dict.fromkeys(range(7), views)
+        assert seen.isdisjoint(indices), "a view is shown once in a training"
+        seen.update(indices)
+        orders.append([index % 7 for index in indices])
+    assert orders[0] != orders[1]
+
+
+def test_view_sampler__same_seed_and_epoch__gives_the_same_order() -> None:
+    first, second, other = ViewSampler(20, 2, 0), ViewSampler(20, 2, 0), ViewSampler(20, 2, 1)
+    assert list(first) == list(second) == list(first)
+    assert list(first) != list(other)
+
+
+def test_dataset__same_seed__gives_the_same_samples_in_any_order() -> None:
+    first, second = draw_dataset(augmentation="strong"), draw_dataset(augmentation="strong")
+    forwards = [first[index] for index in range(15)]
+    backwards = [second[index] for index in reversed(range(15))][::-1]
+    assert all(same(a, b) for a, b in zip(forwards, backwards, strict=True))
+    assert not same(draw_dataset(augmentation="strong", seed=1)[0], forwards[0])
+
+
+def test_dataset__other_view_of_a_row__is_augmented_otherwise() -> None:
+    data = draw_dataset(augmentation="strong")
+    views = [data[5 * view + 2] for view in range(4)]
+    assert not any(same(views[0], view) for view in views[1:])
+    assert all(np.array_equal(view.native_mask, views[0].native_mask) for view in views)
+    assert all(view.geometry == views[0].geometry for view in views)
+
+
+def test_dataset__no_augmentation__only_resizes_whatever_the_view() -> None:
+    data = draw_dataset()
+    image = cast(NDArray[np.uint8], data.table.images[3])
+    native = TASK.encode(cast(NDArray[np.uint8], cast(tuple[ImageSource, ...], data.table.masks)[3]))
+    assert set(np.unique(native)) == {0, 1, IGNORE_INDEX}
+    for index in (3, 8):
+        sample = data[index]
+        assert np.array_equal(sample.image, resize(image, SIZE)[0])
+        assert np.array_equal(sample.mask, resize_mask(native, SIZE))
+        assert np.array_equal(sample.native_mask, native)
+        assert sample.geometry.original_size == native.shape
+        assert sample.geometry.input_size == SIZE
+
+
+def test_dataset__table_without_masks__is_refused() -> None:
+    table = draw_table(2)
+    with pytest.raises(ValueError, match="masks"):
+        MaskDataset(MaskTable(table.images, None, table.index), TASK, SIZE)[0]
+
+
+@pytest.mark.parametrize(("budget_rows", "reads"), [(0, 9), (1, 7), (2, 5), (3, 3)])
+def test_dataset__cache_budget__holds_as_many_rows_as_fit(
+    budget_rows: int, reads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = draw_dataset(3, augmentation="light")
+    expected = [data[index] for index in range(9)]
+    row_bytes = [4 * sample.native_mask.size for sample in expected[:3]]  # three channels and the mask
+    monkeypatch.setattr(dataset_module, "CACHE_BYTES", sum(row_bytes[:budget_rows]))
+    names: list[str | None] = []
+
+    def counting_read(source: ImageSource, *, name: str | None = None) -> NDArray[np.uint8]:
+        names.append(name)
+        return read_image(source, name=name)
+
+    monkeypatch.setattr(dataset_module, "read_image", counting_read)
+    fresh = draw_dataset(3, augmentation="light")
+    got = [fresh[index] for index in range(9)]
+    assert len(names) == reads
+    assert all(same(a, b) for a, b in zip(got, expected, strict=True)), "cached or read: the same samples"
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # on a machine with one core
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_data_module__loader_processes__change_no_sample(num_workers: int) -> None:
+    alone = draw_module().train_dataloader()
+    together = draw_module(num_workers=num_workers).train_dataloader()
+    for epoch in range(2):
+        for loader in (alone, together):
+            cast(ViewSampler, loader.sampler).set_epoch(epoch)
+        assert_same_batches(list(together), list(alone))
+
+
+def test_data_module__training__leaves_out_only_the_last_incomplete_batch() -> None:
+    batches = list(draw_module(rows=5, views=3, batch_size=4).train_dataloader())
+    assert [len(batch) for batch in batches] == [4, 4, 4]
+
+
+def test_data_module__batch_larger_than_the_table__is_filled_with_views() -> None:
+    batches = list(draw_module(rows=2, views=6, batch_size=6).train_dataloader())
+    assert [len(batch) for batch in batches] == [6, 6]
+    few = list(draw_module(rows=2, views=1, batch_size=6).train_dataloader())
+    assert [len(batch) for batch in few] == [2], "an epoch smaller than a batch is still a step"
+
+
+def test_data_module__validation__keeps_all_rows_in_order() -> None:
+    module = draw_module(rows=5, batch_size=2)
+    batches = list(module.val_dataloader())
+    assert [len(batch) for batch in batches] == [2, 2, 1]
+    got = torch.cat([batch.image for batch in batches])
+    assert torch.equal(got, collate([module.validation[row] for row in range(5)]).image)
+
+
+def test_collate__samples_of_different_sizes__have_the_documented_shapes_and_types() -> None:
+    data = draw_dataset()
+    samples = [data[0], data[4]]
+    batch = collate(samples)
+    assert len(batch) == 2
+    assert (batch.image.shape, batch.image.dtype) == ((2, 3, *SIZE), torch.uint8)
+    assert (batch.mask.shape, batch.mask.dtype) == ((2, *SIZE), torch.int64)
+    assert batch.image.is_contiguous()
+    assert [tuple(mask.shape) for mask in batch.native_masks] == [(20, 30), (28, 26)]
+    assert all(mask.dtype == torch.uint8 for mask in batch.native_masks)
+    assert [geometry.original_size for geometry in batch.geometry] == [(20, 30), (28, 26)]
+    assert np.array_equal(batch.image[1].permute(1, 2, 0).numpy(), samples[1].image)
+    assert np.array_equal(batch.mask[1].numpy(), samples[1].mask)
+    assert set(batch.mask.unique().tolist()) == {0, 1, IGNORE_INDEX}
+
+
+def test_batch__to_another_device__moves_all_tensors_and_keeps_the_geometry() -> None:
+    batch = collate([draw_dataset()[0], draw_dataset()[1]])
+    moved = batch.to("meta", non_blocking=True)
+    assert isinstance(moved, Batch)
+    assert {t.device.type for t in (moved.image, moved.mask, *moved.native_masks)} == {"meta"}
+    assert moved.geometry == batch.geometry
+    assert batch.image.device.type == "cpu"
