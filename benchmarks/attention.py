@@ -1,4 +1,4 @@
-"""Fused against plain attention on this processor: ``python -m benchmarks.attention``; times of forward and backward."""
+"""Fused against plain attention on this processor, forward and backward: ``python -m benchmarks.attention``."""
 
 from __future__ import annotations
 

@@ -104,7 +104,8 @@ def load_bundle(path: str | Path) -> Bundle:
         with torch.device("meta"):
             expected = build_model(plan, pretrained=False).state_dict()
         _check_shapes(folder, expected, state)  # before any memory is taken for sizes that a file asks for
-        model = build_model(plan, pretrained=False)
+        with torch.random.fork_rng():  # loading leaves the caller's random state alone
+            model = build_model(plan, pretrained=False)
     except BundleError:
         raise
     except (OSError, SafetensorError, ValidationError, SemsegError, *_UNBUILDABLE) as error:

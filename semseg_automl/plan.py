@@ -290,7 +290,11 @@ def _head(
             f"optim.loss is '{loss}', which does not fit the {head} head of this {task.kind} task. "
             f"Losses that do: {fitting}."
         )
+    if head != "queries" and config.model.num_queries != "auto":
+        raise UnsupportedCombination(f"model.num_queries belongs to the queries head; this plan has the {head} head.")
     if head == "binary":
+        if config.model.multiclass_head != "auto":
+            raise UnsupportedCombination("model.multiclass_head is set, but the masks are binary. Leave it out.")
         return loss, decoder | {"num_mask_tokens": 1, "num_classes": None}
     if head == "class_tokens":
         return loss, decoder | {"num_mask_tokens": task.num_classes, "num_classes": None}

@@ -131,7 +131,9 @@ def test_conv_lora__reference_parameters__gives_the_stored_answers(name: str, sh
     y = layer(x)
     y.backward(golden["grad_y"])
     assert torch.equal(layer.chosen_expert, golden["chosen_expert"].long())
-    torch.testing.assert_close(layer.aux_loss, golden["balance_loss_eval"].to(layer.aux_loss.dtype), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        layer.aux_loss, golden["balance_loss_eval"].to(layer.aux_loss.dtype), rtol=1e-5, atol=1e-7
+    )
     pairs = [(y.detach(), golden["y"]), (x.grad, golden["grad_x"])]
     pairs += [(getattr(layer, f).grad, golden[f"grad_{f}"]) for f in ("lora_A", "lora_B", "expert_weight")]
     for got, wanted in pairs:
@@ -255,6 +257,8 @@ def test_auxiliary_loss__several_layers__is_their_sum() -> None:
         ({"gate": "free"}, "balanced, learned"),
     ],
 )
-def test_conv_lora__option_out_of_range__is_refused_with_what_is_allowed(options: dict[str, object], message: str) -> None:
+def test_conv_lora__option_out_of_range__is_refused_with_what_is_allowed(
+    options: dict[str, object], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         ConvLoraLinear(nn.Linear(10, 12), **options)  # type: ignore[arg-type]

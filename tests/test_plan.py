@@ -263,3 +263,9 @@ def test_make_plan__called_twice__changes_nothing_it_was_given() -> None:
     first = make_plan(config, BINARY, STATS, CPU)
     assert make_plan(config, BINARY, STATS, CPU) == first
     assert config == Config()
+
+
+@pytest.mark.parametrize("settings", [{"model.num_queries": 12}, {"model.multiclass_head": "queries"}])
+def test_make_plan__option_of_a_head_that_is_not_there__is_refused(settings: dict[str, object]) -> None:
+    with pytest.raises(UnsupportedCombination, match="model"):
+        plan_of(settings)

@@ -233,7 +233,8 @@ class MaskDecoder(nn.Module):
         x = act(norm(first(x) + coarse))
         x = x + self.detail.mix_coarse(x)
         x = last(second(x) + fine)
-        return x + self.detail.mix_fine(x)
+        mixed: Tensor = x + self.detail.mix_fine(x)
+        return mixed
 
     def image_position(self, height: int, width: int) -> Tensor:
         """Return random Fourier features of a grid's pixel centres, ``(1, height * width, dim)``."""

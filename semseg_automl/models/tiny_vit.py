@@ -112,13 +112,15 @@ class ConvStem(nn.Module):
     """A stack of convolutions to tokens ``(B, H / patch, W / patch, dim)``, for encoders that train from scratch.
 
     Few images do not teach a ViT locality; early convolutions give it (Xiao et al., "Early Convolutions Help
-    Transformers See Better", NeurIPS 2021). Each stage halves the side and doubles the width.
+    Transformers See Better", NeurIPS 2021). Each stage halves the side and doubles the width. Normalisation is over
+    groups of channels of the whole map: normalising each pixel's channels, as the ViT does, erases brightness and
+    contrast, and on polyps from scratch nothing was learned (benchmarks/LOG.md).
     """
 
     def __init__(self, dim: int, patch_size: int) -> None:
         super().__init__()
         stages = patch_size.bit_length() - 1
-        widths = [3, *(max(24, dim >> (stages - 1 - i)) for i in range(stages))]
+        widths = [3, *(max(24, dim >> (stages - 1 - i)) for i in range(stages - 1)), dim]
         self.stages = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(narrow, wide, kernel_size=3, stride=2, padding=1),
@@ -262,6 +264,12 @@ class TinyViT(Encoder):
             raise CheckpointError(
                 f"{source} lacks {len(missing)} tensors that tiny_vit needs, for example '{missing[0]}'. "
                 "Give a plain ViT in timm's naming, such as deit_tiny_patch16_224."
+            )
+        surplus = sorted(renamed.keys() - own.keys())
+        if surplus:
+            raise CheckpointError(
+                f"{source} has {len(surplus)} tensors that tiny_vit has no place for, for example '{surplus[0]}'. "
+                "Give a checkpoint of the same architecture."
             )
         for name, tensor in own.items():
             if renamed[name].shape != tensor.shape:
