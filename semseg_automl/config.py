@@ -96,7 +96,7 @@ class OptimConfig(_Section):
     gradient_clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
     ema: float = Field(0.98, ge=0, lt=1, description="Decay of the averaged weights that are kept; 0 for none.")
     max_epochs: Auto | PositiveInt = Field("auto", description="Passes over the data at most.")
-    patience: int = Field(10, ge=1, description="Validations without improvement before training stops.")
+    patience: Auto | PositiveInt = Field("auto", description="Validations without improvement before training stops.")
 
 
 class DataConfig(_Section):
@@ -112,9 +112,7 @@ class EnvConfig(_Section):
     """Batch and machine."""
 
     batch_size: Auto | PositiveInt = Field("auto", description="Images per optimizer step, whatever the hardware.")
-    micro_batch_size: Auto | PositiveInt = Field(
-        "auto", description="Images per forward pass; the rest accumulates."
-    )
+    micro_batch_size: Auto | PositiveInt = Field("auto", description="Images per forward pass; the rest accumulates.")
     num_workers: Auto | NonNegativeInt = Field("auto", description="Loader processes.")
     precision: Auto | Literal["32-true", "bf16-mixed", "16-mixed"] = Field("auto", description="Lightning's name.")
 

@@ -168,7 +168,7 @@ def make_plan(
         micro_batch_size=micro,
         views=views,
         max_epochs=max_epochs,
-        patience=config.optim.patience,
+        patience=_patience(config, time_limit, reasons),
         augmentation=_augmentation(config, stats, reasons),
         precision=precision,
         num_workers=workers,
@@ -316,13 +316,23 @@ def _budget(
     if config.optim.max_epochs == "auto":
         if time_limit is not None:
             reasons["max_epochs"] = "the time limit ends training; the learning rate falls with the clock"
-            return batch_size, views, 10_000
+            return batch_size, views, UNLIMITED
         reasons["max_epochs"] = f"about {AUTO_STEPS} steps"
         return batch_size, views, max(10, round(AUTO_STEPS * batch_size / (stats.rows * views)))
     reasons["max_epochs"] = "as asked"
     return batch_size, views, config.optim.max_epochs
 
 
+def _patience(config: Config, time_limit: float | None, reasons: dict[str, str]) -> int:
+    """Stop early after ten validations; not under a clock, where scores rise as the learning rate falls at the end."""
+    why = (
+        "as the paper has it" if time_limit is None else "the clock ends training; the last steps bring the best scores"
+    )
+    patience: int = _resolve(config.optim.patience, 10 if time_limit is None else UNLIMITED, "patience", why, reasons)
+    return patience
+
+
+UNLIMITED = 10_000
 MIN_STEPS_PER_EPOCH = 25
 AUTO_STEPS = 1000
 

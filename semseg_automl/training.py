@@ -197,6 +197,7 @@ class WeightKeeper(lightning.Callback):
         self.on_best = on_best
         self.on_epoch = on_epoch
         self.average = [p.detach().clone() for p in self.parameters.values()]
+        self.average_in_place = False
         self.best: Weights | None = None
         self.steps = 0
         self.started = time.monotonic()
@@ -265,11 +266,13 @@ class WeightKeeper(lightning.Callback):
             kept = parameter.data.clone()
             parameter.data.copy_(average)
             average.copy_(kept)
+        self.average_in_place = not self.average_in_place
 
     def restore(self) -> None:
         """Put the best weights in place, or the average where no validation was reached."""
         if self.best is None:
-            self._swap()
+            if not self.average_in_place:  # an interrupt during validation finds it there already
+                self._swap()
             self.on_best(self.current())
             return
         for name, parameter in self.parameters.items():
