@@ -94,4 +94,4 @@ def _picture(segmentor: SemanticSegmentor, test: Path, masks: list[str]) -> np.n
     for row in np.linspace(0, len(table) - 1, min(PICTURES, len(table))).astype(int):
         truth = task.encode(read_mask(cast(tuple[Any, ...], table.masks)[row]))
         rows.append((read_image(table.images[row]), truth, task.encode(read_mask(masks[row]))))
-    return overlay_grid(rows, binary=task.kind == "binary")
+    return overlay_grid(rows, binary=task.kind == "binary", class_names=task.class_names)

@@ -248,7 +248,13 @@ def _peft(config: Config, *, pretrained: bool, reasons: dict[str, str]) -> tuple
     lora = config.optim.lora
     options: dict[str, int | float | str] = {}
     if method in ("lora", "conv_lora"):
-        rank = _resolve(lora.rank, 8, "peft_options", "rank 8: a small encoder needs more than the paper's 3", reasons)
+        rank = _resolve(
+            lora.rank,
+            8,
+            "peft_options",
+            "rank 8: level with the paper's 3 in short runs, room in longer ones (benchmarks/LOG.md)",
+            reasons,
+        )
         options = {"rank": rank, "alpha": rank * 32 / 3 if lora.alpha == "auto" else lora.alpha}
     if method == "conv_lora":
         options |= {

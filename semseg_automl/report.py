@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from semseg_automl.task import IGNORE_INDEX
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; class 0 of a binary task stays uncoloured.
+# Okabe and Ito's palette, which colour-blind readers can tell apart, and further ones; two blues never side by side.
 PALETTE: NDArray[np.uint8] = np.array(
     [
-        [0, 114, 178], [230, 159, 0], [0, 158, 115], [213, 94, 0], [204, 121, 167], [86, 180, 233],
-        [240, 228, 66], [128, 128, 128], [148, 0, 211], [220, 20, 60], [60, 179, 113], [139, 69, 19],
+        [0, 114, 178], [230, 159, 0], [0, 158, 115], [213, 94, 0], [204, 121, 167], [154, 205, 50],
+        [240, 228, 66], [128, 128, 128], [148, 0, 211], [220, 20, 60], [86, 180, 233], [139, 69, 19],
     ],
     dtype=np.uint8,
 )  # fmt: skip
 
 TILE = 240
 HEADER = 26
+LEGEND_COLUMNS = 6
 
 
 def overlay(image: NDArray[np.uint8], labels: NDArray[np.uint8], *, binary: bool) -> NDArray[np.uint8]:
@@ -39,13 +42,17 @@ def overlay(image: NDArray[np.uint8], labels: NDArray[np.uint8], *, binary: bool
 
 
 def overlay_grid(
-    rows: list[tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]], *, binary: bool
+    rows: list[tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]],
+    *,
+    binary: bool,
+    class_names: Sequence[str] = (),
 ) -> NDArray[np.uint8]:
     """Draw ``image | truth | prediction``, one row an image, under a header.
 
     Args:
         rows: image ``(H, W, 3)``, true and predicted class indices ``(H, W)``, of any sizes.
         binary: leave class 0 uncoloured.
+        class_names: names for a legend below, in the order of the class indices; none for no legend.
 
     Returns:
         ``(H', W', 3)`` RGB.
@@ -54,7 +61,21 @@ def overlay_grid(
     for image, truth, prediction in rows:
         tiles = (image, overlay(image, truth, binary=binary), overlay(image, prediction, binary=binary))
         lines.append(np.concatenate([_tile(tile) for tile in tiles], axis=1))
+    coloured = [(i, name) for i, name in enumerate(class_names) if i or not binary]
+    lines.extend(
+        _legend_line(coloured[i : i + LEGEND_COLUMNS], binary) for i in range(0, len(coloured), LEGEND_COLUMNS)
+    )
     return np.concatenate(lines)
+
+
+def _legend_line(entries: list[tuple[int, str]], binary: bool) -> NDArray[np.uint8]:
+    """Draw a swatch and a name for each class index, of at most `LEGEND_COLUMNS`."""
+    line = np.full((HEADER, TILE * 3, 3), 255, dtype=np.uint8)
+    for place, (index, name) in enumerate(entries):
+        left = 8 + place * (TILE * 3 // LEGEND_COLUMNS)
+        line[6 : HEADER - 6, left : left + 14] = PALETTE[(index - (1 if binary else 0)) % len(PALETTE)]
+        cv2.putText(line, name, (left + 20, HEADER - 8), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
+    return line
 
 
 def _tile(image: NDArray[np.uint8]) -> NDArray[np.uint8]:

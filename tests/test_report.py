@@ -90,3 +90,14 @@ def test_overlay_grid__wide_image__keeps_its_aspect_on_white() -> None:
     assert width == pytest.approx(3 * height, abs=3)
     assert width > 0.9 * TILE
     assert (tile[: TILE // 4] == 255).all()
+
+
+def test_overlay_grid__class_names__are_a_legend_below() -> None:
+    row = (np.zeros((30, 40, 3), np.uint8), np.zeros((30, 40), np.uint8), np.zeros((30, 40), np.uint8))
+    plain = overlay_grid([row], binary=False)
+    named = overlay_grid([row], binary=False, class_names=[f"class {i}" for i in range(7)])
+    assert np.array_equal(named[: len(plain)], plain)
+    assert len(named) == len(plain) + 2 * HEADER
+    for i in range(6):
+        assert (named[len(plain) : len(plain) + HEADER] == PALETTE[i]).all(axis=-1).any()
+    assert len(overlay_grid([row], binary=True, class_names=["background", "polyp"])) == len(plain) + HEADER
