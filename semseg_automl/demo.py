@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from semseg_automl.data.images import read_image, read_mask, write_png
@@ -60,7 +61,7 @@ def run_demo(
     for name, figures in scores.items():
         table = Table("metric", "test", title=f"{name}: {out / name}")
         for metric, value in figures.items():
-            table.add_row(metric, f"{value:.4f}")
+            table.add_row(escape(metric), f"{value:.4f}")  # a class name in brackets is not markup
         console.print(table)
     return scores
 
