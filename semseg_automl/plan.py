@@ -347,8 +347,8 @@ def _machine(
     config: Config, hardware: Hardware, batch_size: int, input_size: Sequence[int], reasons: dict[str, str]
 ) -> tuple[int, str, int]:
     """Choose micro-batch, number format and loader processes for the machine."""
-    # About 2.5 kB per input pixel and image were seen in a float32 training step of the built-in encoder; a quarter
-    # of the memory leaves room for data, optimizer and allocator.
+    # 2.5 kB per input pixel and image is an allowance for a float32 training step of the built-in encoder, not a
+    # measurement; a quarter of the memory leaves room for data, optimizer and allocator.
     fits = max(1, int(hardware.memory / 4 / (2500 * input_size[0] * input_size[1])))
     micro = next(size for size in range(min(batch_size, fits), 0, -1) if batch_size % size == 0)
     micro = _resolve(
