@@ -68,6 +68,10 @@ INSTALL_REQUIRES = [
     "rich>=13.8",
 ]
 
+# Its SAM is the reference for the second naming of SAM's weights, and one to compare with; nothing in the package
+# imports it. 5.23 is tried.
+TRANSFORMERS = "transformers>=5.23,<6"
+
 # Tools: the versions in use, the exact ones stand in .ci/constraints.txt.
 EXTRAS_REQUIRE = {
     "test": [
@@ -83,9 +87,10 @@ EXTRAS_REQUIRE = {
         "pandas-stubs>=3,<4",
         # test_packaging builds a wheel without the network; before 70.1 that needed the package `wheel`, too.
         "setuptools>=70.1",
+        TRANSFORMERS,
     ],
     # The U-Net that benchmarks compare with; nothing in the package imports it.
-    "bench": ["segmentation-models-pytorch>=0.6,<1"],
+    "bench": ["segmentation-models-pytorch>=0.6,<1", TRANSFORMERS],
 }
 
 setup(

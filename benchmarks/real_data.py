@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from semseg_automl import SemanticSegmentor
-from semseg_automl.data.dataset import MaskDataModule, MaskDataset
 from semseg_automl.data.table import check_rows, read_table
 from semseg_automl.evaluation import score_table
 from semseg_automl.inference import Predictor
@@ -30,7 +29,7 @@ from semseg_automl.models.mask_decoder import SegmentationOutput
 from semseg_automl.models.segmentation_model import SegmentationModel
 from semseg_automl.models.tiny_vit import IMAGENET_MEAN, IMAGENET_STD
 from semseg_automl.third_party import make_torchvision_importable
-from semseg_automl.training import TrainingResult, train
+from semseg_automl.training import TrainingResult, data_module, train
 
 FIELDS = ("cell", "seconds", "fit_seconds", "steps", "best_validation", "metric", "value")
 
@@ -71,23 +70,16 @@ def fit_unet(folder: Path, seconds: float, seed: int) -> tuple[dict[str, float],
         torch.manual_seed(seed)
         model = cast(SegmentationModel, Unet(task.num_scores))
     train_table, validation = read_table(folder / "train.csv"), read_table(folder / "val.csv")
-    data = MaskDataModule(
-        MaskDataset(train_table, task, plan.input_size, plan.augmentation, seed),
-        MaskDataset(validation, task, plan.input_size),
-        batch_size=plan.micro_batch_size,
-        views=plan.views,
-        num_workers=plan.num_workers,
-        seed=seed,
-    )
     result = TrainingResult()
     train(
         model,
         plan,
         task,
-        data,
+        data_module(plan, task, train_table, validation),
         result=result,
         on_best=lambda _: None,
         on_epoch=lambda entry: print(entry, flush=True),
+        on_notice=print,
         deadline=start + seconds,
         progress_bar=False,
     )

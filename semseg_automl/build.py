@@ -11,9 +11,14 @@ from typing import Any
 import torch
 
 from semseg_automl.errors import ConfigError
-from semseg_automl.models import ENCODERS
+from semseg_automl.models import ENCODERS, Encoder
 from semseg_automl.models.checkpoints import read_checkpoint
+from semseg_automl.models.downloads import OFFICIAL as SAM_FILES
+from semseg_automl.models.downloads import fetch_checkpoint
+from semseg_automl.models.facts import OFFICIAL, TIMM_PREFIX
 from semseg_automl.models.mask_decoder import MaskDecoder
+from semseg_automl.models.sam import SamViT
+from semseg_automl.models.sam_names import to_sam_names
 from semseg_automl.models.segmentation_model import SegmentationModel
 from semseg_automl.peft import METHODS
 from semseg_automl.plan import Plan
@@ -31,17 +36,43 @@ def build_model(plan: Plan, *, pretrained: bool = True) -> SegmentationModel:
         CheckpointError: the checkpoint cannot be read or belongs to another architecture.
         ConfigError: an option is unknown or out of range.
     """
-    dim: Any = plan.decoder_options["dim"]
-    options: dict[str, Any] = dict(plan.encoder_options)
-    encoder = ENCODERS[plan.encoder](out_channels=dim, **options)
+    decoder_options: dict[str, Any] = dict(plan.decoder_options)
+    encoder = _build_encoder(plan)
+    decoder = MaskDecoder(**decoder_options)
     if plan.checkpoint is not None:
         if pretrained:
-            encoder.load_pretrained(read_checkpoint(plan.checkpoint), source=plan.checkpoint)
+            _load(plan, encoder, decoder)
         else:
             encoder.mark_pretrained()
     build_method(plan.peft, plan.peft_options).apply(encoder)
-    decoder_options: dict[str, Any] = dict(plan.decoder_options)
-    return SegmentationModel(encoder, MaskDecoder(**decoder_options))
+    return SegmentationModel(encoder, decoder)
+
+
+def _build_encoder(plan: Plan) -> Encoder:
+    """Build the encoder of a plan with random weights."""
+    options: dict[str, Any] = {**plan.encoder_options, "out_channels": plan.decoder_options["dim"]}
+    if plan.encoder.startswith(TIMM_PREFIX):
+        from semseg_automl.models.timm_encoder import build_timm_encoder  # seconds of importing: only where used
+
+        return build_timm_encoder(plan.encoder.removeprefix(TIMM_PREFIX), **options)
+    if plan.encoder not in ENCODERS:
+        raise ConfigError(f"unknown encoder '{plan.encoder}'. Known: {', '.join(ENCODERS)}, {TIMM_PREFIX}<name>.")
+    return ENCODERS[plan.encoder](**options)
+
+
+def _load(plan: Plan, encoder: Encoder, decoder: MaskDecoder) -> None:
+    """Fill encoder, and decoder where the checkpoint has one, from the plan's checkpoint."""
+    if plan.checkpoint == OFFICIAL and plan.encoder.startswith(TIMM_PREFIX):
+        from semseg_automl.models.timm_encoder import fetch_timm_weights
+
+        state, source = fetch_timm_weights(plan.encoder.removeprefix(TIMM_PREFIX)), plan.encoder
+    else:
+        path = fetch_checkpoint(SAM_FILES[plan.encoder]) if plan.checkpoint == OFFICIAL else plan.checkpoint
+        state, source = read_checkpoint(str(path)), str(path)
+    if isinstance(encoder, SamViT):
+        state = to_sam_names(state, source=source)
+        decoder.load_sam(state, source=source)
+    encoder.load_pretrained(state, source=source)
 
 
 def build_method(name: str, options: dict[str, Any]) -> Any:

@@ -39,6 +39,10 @@ ALIASES: dict[str, str] = {
 }
 """Dotted keys of AutoGluon MultiModal and what they are called here."""
 
+SAM_NAME_KEY = "model.sam.checkpoint_name"
+SAM_NAMES = {f"facebook/sam-vit-{size}": f"sam_vit_{size[0]}" for size in ("base", "large", "huge")}
+"""Values of AutoGluon's `SAM_NAME_KEY`, and the ``model.encoder`` each stands for."""
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -47,11 +51,13 @@ class _Section(BaseModel):
 class ModelConfig(_Section):
     """Which network."""
 
-    encoder: str = Field("tiny_vit", description="Image encoder: a name of models.ENCODERS.")
+    encoder: str = Field("tiny_vit", description="Image encoder: tiny_vit, sam_vit_b, sam_vit_l, sam_vit_h, timm/NAME.")
     checkpoint: str | None = Field(
         None,
-        description="File of pretrained encoder weights (safetensors, timm's plain-ViT names); None: from scratch.",
+        description="File of pretrained weights; None: the published ones of SAM or timm, from scratch for tiny_vit.",
     )
+    pretrained: bool = Field(True, description="False: random weights, for encoders with published ones too.")
+    accept_license: str | None = Field(None, description="Licence of published weights that restrict their use.")
     input_size: Auto | int | tuple[int, int] = Field(
         "auto", description="Side or (height, width) in pixels that images are resized to; divisible by the stride."
     )
@@ -81,6 +87,7 @@ class LoraConfig(_Section):
     activation: Literal["gelu", "none"] = Field("gelu", description="After the experts' convolution.")
     interpolation: Literal["bicubic", "bilinear"] = Field("bicubic", description="Of the experts' resizing.")
     gate: Literal["balanced", "learned"] = Field("balanced", description="What trains the router of the experts.")
+    last_blocks: PositiveInt | None = Field(None, description="Adapt only the last blocks, this many; None: all.")
 
 
 class OptimConfig(_Section):
@@ -106,6 +113,9 @@ class DataConfig(_Section):
         "auto", description="Strength of the joint augmentation of image and mask."
     )
     holdout_frac: Auto | float = Field("auto", description="Share of the rows kept for validation if none are given.")
+    cached_views: PositiveInt = Field(
+        4, description="Augmented views per image that repeat, where features are cached; fresh ones every time if not."
+    )
 
 
 class EnvConfig(_Section):
@@ -114,6 +124,10 @@ class EnvConfig(_Section):
     batch_size: Auto | PositiveInt = Field("auto", description="Images per optimizer step, whatever the hardware.")
     micro_batch_size: Auto | PositiveInt = Field("auto", description="Images per forward pass; the rest accumulates.")
     num_workers: Auto | NonNegativeInt = Field("auto", description="Loader processes.")
+    checkpointing: Auto | bool = Field("auto", description="Recompute activations in the backward pass: less memory.")
+    feature_cache: Auto | Literal["off", "memory", "disk"] = Field(
+        "auto", description="Keep what the frozen blocks before the first trained one compute, per image and view."
+    )
     precision: Auto | Literal["32-true", "bf16-mixed", "16-mixed"] = Field("auto", description="Lightning's name.")
 
 
@@ -180,12 +194,20 @@ def flatten(settings: Hyperparameters, prefix: str = "") -> dict[str, Any]:
     for key, value in settings.items():
         dotted = f"{prefix}{key}"
         dotted = ALIASES.get(dotted, dotted)
+        if dotted == SAM_NAME_KEY:
+            if value not in SAM_NAMES:
+                raise ConfigError(
+                    f"{SAM_NAME_KEY} is '{value}'; known: {', '.join(SAM_NAMES)}. "
+                    "For a file of SAM weights set model.encoder and model.checkpoint."
+                )
+            dotted, value = "model.encoder", SAM_NAMES[value]
         if isinstance(value, Mapping) and dotted not in known:
             flat.update(flatten(value, dotted + "."))
         elif dotted in known:
             flat[dotted] = list(value) if isinstance(value, tuple) else value
         else:
-            raise ConfigError(f"unknown setting '{dotted}'{nearest(dotted, [*known, *ALIASES])}.")
+            names = [*known, *ALIASES, SAM_NAME_KEY]
+            raise ConfigError(f"unknown setting '{dotted}'{nearest(dotted, names)}.")
     return flat
 
 

@@ -21,7 +21,6 @@ from torch import Tensor
 from semseg_automl.build import seeded_model
 from semseg_automl.bundle import Bundle, load_bundle, save_bundle
 from semseg_automl.config import Config, load_config
-from semseg_automl.data.dataset import MaskDataModule, MaskDataset
 from semseg_automl.data.images import ImageSource
 from semseg_automl.data.table import MaskTable, RowCheck, check_rows, read_images, read_table, split_holdout
 from semseg_automl.errors import BundleError, ConfigError, SemsegError
@@ -29,13 +28,12 @@ from semseg_automl.evaluation import check_values, save_masks, score_table
 from semseg_automl.hardware import detect_hardware
 from semseg_automl.inference import FailedPrediction, OnError, Predictor
 from semseg_automl.metrics import DEFAULT_METRICS, build_metrics
-from semseg_automl.models.checkpoints import read_checkpoint
+from semseg_automl.models.facts import encoder_facts
 from semseg_automl.models.segmentation_model import hard_labels
-from semseg_automl.models.tiny_vit import plain_vit_shape
 from semseg_automl.peft import count_parameters
 from semseg_automl.plan import DataStats, Plan, make_plan
 from semseg_automl.task import SegmentationTask, infer_task
-from semseg_automl.training import TrainingResult, Weights, check_trainer_options, train
+from semseg_automl.training import TrainingResult, Weights, check_trainer_options, data_module, train
 
 Table = pd.DataFrame | str | PathLike[str]
 Images = Table | ImageSource | Sequence[ImageSource]
@@ -202,15 +200,20 @@ class SemanticSegmentor(BaseEstimator):  # type: ignore[misc]
     ) -> Plan:
         """Collect what the plan depends on, and make it."""
         stats = DataStats(rows=rows, sizes=tuple(check.size for check in checks))
-        checkpoint = config.model.checkpoint
-        shape = None if checkpoint is None else plain_vit_shape(read_checkpoint(checkpoint), source=checkpoint)
+        asked = config.model
+        encoder = encoder_facts(
+            asked.encoder,
+            checkpoint=asked.checkpoint,
+            pretrained=asked.pretrained,
+            accept_license=asked.accept_license,
+        )
         only_metric = self.eval_metric if isinstance(self.eval_metric, str) else None
         plan = make_plan(
             config,
             self.task_,
             stats,
             detect_hardware(),
-            checkpoint_shape=shape,
+            encoder,
             validation_metric=self.validation_metric or only_metric,
             seed=seed,
             time_limit=time_limit,
@@ -235,14 +238,6 @@ class SemanticSegmentor(BaseEstimator):  # type: ignore[misc]
             save_bundle(self.path_, bundle, frozen_too=not saved)
             saved = True
 
-        data = MaskDataModule(
-            MaskDataset(table, task, plan.input_size, plan.augmentation, plan.seed),
-            MaskDataset(validation, task, plan.input_size),
-            batch_size=plan.micro_batch_size,
-            views=plan.views,
-            num_workers=plan.num_workers,
-            seed=plan.seed,
-        )
         trainable, total = count_parameters(model)
         self._say(
             f"{plan.peft} on {plan.encoder}: {trainable:,} of {total:,} parameters train ({trainable / total:.2%})"
@@ -252,10 +247,12 @@ class SemanticSegmentor(BaseEstimator):  # type: ignore[misc]
             model,
             plan,
             task,
-            data,
+            data_module(plan, task, table, validation),
             result=result,
             on_best=on_best,
             on_epoch=self._say_epoch,
+            on_notice=self._say,
+            cache_folder=self.path_ / "features",
             deadline=deadline,
             trainer_options=settings,
             progress_bar=self.verbosity >= 2,

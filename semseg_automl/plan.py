@@ -7,17 +7,18 @@ decides only the micro-batch, number format and loader processes, never the effe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from semseg_automl.capacity import fit_to_machine
 from semseg_automl.config import Config
 from semseg_automl.errors import ConfigError, UnsupportedCombination, nearest
 from semseg_automl.hardware import Hardware
 from semseg_automl.losses import CRITERIA
-from semseg_automl.models import ENCODERS
+from semseg_automl.models.facts import EncoderFacts
 from semseg_automl.peft import METHODS
 from semseg_automl.task import SegmentationTask
 
@@ -41,7 +42,7 @@ class Plan(BaseModel):
     Attributes:
         encoder: name of the image encoder.
         encoder_options: its architecture, enough to rebuild it without the checkpoint.
-        checkpoint: file the encoder's weights came from, or None for random ones.
+        checkpoint: file the encoder's weights come from, ``official`` for the published ones, or None for random ones.
         decoder_options: architecture of the mask decoder.
         input_size: ``(height, width)`` images are resized to, in pixels.
         peft: fine-tuning method.
@@ -50,6 +51,9 @@ class Plan(BaseModel):
         lr: peak learning rate.
         batch_size: images per optimizer step.
         micro_batch_size: images per forward pass.
+        checkpointing: recompute activations in the backward pass.
+        feature_cache: where features of frozen first blocks are kept: ``off``, ``memory`` or ``disk``.
+        cached_views: augmented views per image that repeat then; 0 for fresh ones every time.
         views: times each image is shown per epoch.
         max_epochs: passes at most.
         time_limit: seconds for the whole fit, or None.
@@ -59,7 +63,7 @@ class Plan(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     encoder: str
-    encoder_options: dict[str, int | list[int]]
+    encoder_options: dict[str, int | bool | str | list[int]]
     checkpoint: str | None
     decoder_options: dict[str, int | bool | None]
     input_size: tuple[int, int]
@@ -74,6 +78,9 @@ class Plan(BaseModel):
     ema: float
     batch_size: int
     micro_batch_size: int
+    checkpointing: bool
+    feature_cache: str
+    cached_views: int
     views: int
     max_epochs: int
     patience: int
@@ -98,25 +105,13 @@ DETAIL_STRIDE = 16  # the detail branch's maps of 1/8 and 1/4 meet the decoder's
 
 USUAL_LOSS = {"binary": "structure", "class_tokens": "ce_dice", "queries": "set_criterion"}
 
-SCRATCH_ENCODER: dict[str, int | list[int]] = {
-    "embed_dim": 192,
-    "depth": 4,
-    "num_heads": 3,
-    "patch_size": 16,
-    "conv_stem": True,
-    "window_size": 0,
-    "grid": 16,
-    "neck_taps": [1, 3],
-}
-
-
 def make_plan(
     config: Config,
     task: SegmentationTask,
     stats: DataStats,
     hardware: Hardware,
+    encoder: EncoderFacts,
     *,
-    checkpoint_shape: dict[str, int] | None = None,
     validation_metric: str | None = None,
     seed: int = 0,
     time_limit: float | None = None,
@@ -128,7 +123,7 @@ def make_plan(
         task: what the masks hold.
         stats: the training data.
         hardware: the machine.
-        checkpoint_shape: architecture read off ``config.model.checkpoint``; None without one.
+        encoder: what ``config.model`` names, looked up.
         validation_metric: chooses the best epoch; None for the task's usual one.
         seed: of weights, order and augmentation.
         time_limit: seconds for the whole fit, or None.
@@ -137,45 +132,47 @@ def make_plan(
         ConfigError: a setting does not fit the data or the encoder.
         UnsupportedCombination: two settings exclude each other; those that work are named.
     """
-    reasons: dict[str, str] = {}
-    _check_known("model.encoder", config.model.encoder, ENCODERS)
-    encoder_options = _encoder_options(checkpoint_shape, reasons)
-    stride = encoder_options["patch_size"]
-    if not isinstance(stride, int):
-        raise TypeError("patch_size must be an int")
-    input_size = _input_size(config, stats, stride, reasons)
-    peft, peft_options = _peft(config, pretrained=checkpoint_shape is not None, reasons=reasons)
-    pretrained = checkpoint_shape is not None
-    loss, decoder_options = _head(config, task, stride, pretrained=pretrained, reasons=reasons)
-    batch_size, views, max_epochs = _budget(config, stats, time_limit, reasons)
-    micro, precision, workers = _machine(config, hardware, batch_size, input_size, reasons)
+    reasons: dict[str, str] = {"encoder": encoder.why}
+    input_size = _input_size(config, stats, encoder, reasons)
+    peft, peft_options = _peft(config, encoder, reasons)
+    loss, decoder_options = _head(config, task, encoder, reasons)
+    batch_size, views, max_epochs = _budget(config, stats, encoder, time_limit, reasons)
+    capacity = fit_to_machine(
+        config,
+        hardware,
+        encoder,
+        batch_size=batch_size,
+        input_size=input_size,
+        rows=stats.rows,
+        frozen_prefix=peft == "decoder_only" or "last_blocks" in peft_options,
+        reasons=reasons,
+    )
+    lr, why = (1e-4, "as the paper has it") if encoder.family == "sam" else (1e-3, "measured: benchmarks/RESULTS.md")
     return Plan(
-        encoder=config.model.encoder,
-        encoder_options=encoder_options,
-        checkpoint=config.model.checkpoint,
+        encoder=encoder.name,
+        encoder_options=encoder.options,
+        checkpoint=encoder.checkpoint,
         decoder_options=decoder_options,
         input_size=input_size,
         peft=peft,
         peft_options=peft_options,
         loss=loss,
-        lr=_resolve(config.optim.lr, 1e-3, "lr", "measured on small data: benchmarks/RESULTS.md", reasons),
+        lr=_resolve(config.optim.lr, lr, "lr", why, reasons),
         weight_decay=config.optim.weight_decay,
         warmup=config.optim.warmup,
         schedule=config.optim.schedule,
         gradient_clip=config.optim.gradient_clip,
         ema=config.optim.ema,
         batch_size=batch_size,
-        micro_batch_size=micro,
         views=views,
         max_epochs=max_epochs,
         patience=_patience(config, time_limit, reasons),
         augmentation=_augmentation(config, stats, reasons),
-        precision=precision,
-        num_workers=workers,
         validation_metric=validation_metric or ("iou" if task.kind == "binary" else "miou"),
         seed=seed,
         time_limit=time_limit,
         reasons=reasons,
+        **asdict(capacity),
     )
 
 
@@ -195,24 +192,21 @@ def _check_known(setting: str, name: str, known: Iterable[str]) -> None:
         raise ConfigError(f"unknown {setting} '{name}'{nearest(name, names)}. Known: {', '.join(names)}.")
 
 
-def _encoder_options(shape: dict[str, int] | None, reasons: dict[str, str]) -> dict[str, int | list[int]]:
-    if shape is None:
-        reasons["encoder_options"] = "no checkpoint: a small encoder that trains from scratch in minutes"
-        return dict(SCRATCH_ENCODER)
-    depth = shape["depth"]
-    reasons["encoder_options"] = "read off the checkpoint; attention is global, as it was pretrained"
-    return {**shape, "window_size": 0, "neck_taps": sorted({math.ceil(depth * k / 4) - 1 for k in (1, 2, 3, 4)})}
-
-
-def _input_size(config: Config, stats: DataStats, stride: int, reasons: dict[str, str]) -> tuple[int, int]:
-    """Keep the images' median aspect ratio at about the area of a 256-pixel square, never above the images' own."""
-    asked = config.model.input_size
+def _input_size(
+    config: Config, stats: DataStats, encoder: EncoderFacts, reasons: dict[str, str]
+) -> tuple[int, int]:
+    """SAM's own size for SAM; else about `AUTO_AREA` pixels at the median aspect ratio, never above the images' own."""
+    asked, stride = config.model.input_size, encoder.stride
+    if asked == "auto" and encoder.family == "sam":
+        reasons["input_size"] = "what SAM was trained at; smaller is faster: model.input_size"
+        return SAM_SIDE, SAM_SIDE
     if asked == "auto":
+        area = AUTO_AREA if encoder.pretrained else SCRATCH_AREA
         height = sorted(h for h, _ in stats.sizes)[len(stats.sizes) // 2]
         width = sorted(w for _, w in stats.sizes)[len(stats.sizes) // 2]
-        scale = min(1.0, math.sqrt(AUTO_AREA / (height * width)))
+        scale = min(1.0, math.sqrt(area / (height * width)))
         size = _round_to(height * scale, stride), _round_to(width * scale, stride)
-        reasons["input_size"] = f"median image {height} x {width}, at most {AUTO_AREA} pixels, multiples of {stride}"
+        reasons["input_size"] = f"median image {height} x {width}, at most {area} pixels, multiples of {stride}"
         return size
     size = (asked, asked) if isinstance(asked, int) else (asked[0], asked[1])
     if any(side < stride or side % stride for side in size):
@@ -225,18 +219,22 @@ def _input_size(config: Config, stats: DataStats, stride: int, reasons: dict[str
     return size
 
 
+SAM_SIDE = 1024
 AUTO_AREA = 256 * 256
+SCRATCH_AREA = 128 * 128  # from scratch, steps teach more than pixels: benchmarks/RESULTS.md
 
 
 def _round_to(length: float, stride: int) -> int:
     return max(stride, round(length / stride) * stride)
 
 
-def _peft(config: Config, *, pretrained: bool, reasons: dict[str, str]) -> tuple[str, dict[str, int | float | str]]:
-    if pretrained:
-        method = _resolve(
-            config.optim.peft, "conv_lora", "peft", "the encoder is pretrained: adapt it, frozen", reasons
-        )
+def _peft(
+    config: Config, encoder: EncoderFacts, reasons: dict[str, str]
+) -> tuple[str, dict[str, int | float | str]]:
+    if encoder.pretrained:
+        auto = "conv_lora" if encoder.depth else "full"
+        why = "the encoder is pretrained: adapt it, frozen" if encoder.depth else "no transformer blocks to adapt"
+        method = _resolve(config.optim.peft, auto, "peft", why, reasons)
     else:
         method = _resolve(config.optim.peft, "full", "peft", "no pretrained weights: nothing worth freezing", reasons)
         if method in METHODS and method != "full":
@@ -248,38 +246,44 @@ def _peft(config: Config, *, pretrained: bool, reasons: dict[str, str]) -> tuple
     lora = config.optim.lora
     options: dict[str, int | float | str] = {}
     if method in ("lora", "conv_lora"):
-        rank = _resolve(
-            lora.rank,
-            8,
-            "peft_options",
-            "rank 8: level with the paper's 3 in short runs, room in longer ones (benchmarks/LOG.md)",
-            reasons,
-        )
+        auto_rank, why = 8, "rank 8: level with the paper's 3 in short runs, room in longer ones (benchmarks/LOG.md)"
+        if encoder.family == "sam":
+            auto_rank, why = 3, "rank 3, as the paper has it"
+        rank = _resolve(lora.rank, auto_rank, "peft_options", why, reasons)
         options = {"rank": rank, "alpha": rank * 32 / 3 if lora.alpha == "auto" else lora.alpha}
+        if lora.last_blocks is not None:
+            options["last_blocks"] = lora.last_blocks
     if method == "conv_lora":
-        options |= {
-            "experts": lora.experts,
-            "activation": lora.activation,
-            "interpolation": lora.interpolation,
-            "gate": lora.gate,
-        }
+        options |= {name: getattr(lora, name) for name in ("experts", "activation", "interpolation", "gate")}
+    unused = sorted(lora.model_fields_set - set(options))
+    if unused:
+        note = f"{method} does not use {', '.join('optim.lora.' + name for name in unused)}"
+        reasons["peft_options"] = "; ".join(filter(None, [reasons.get("peft_options"), note]))
     return method, options
 
 
 def _head(
-    config: Config, task: SegmentationTask, stride: int, *, pretrained: bool, reasons: dict[str, str]
+    config: Config, task: SegmentationTask, encoder: EncoderFacts, reasons: dict[str, str]
 ) -> tuple[str, dict[str, int | bool | None]]:
     """Choose the loss and the shape of the mask decoder; each loss belongs to one kind of head."""
-    dim = 256 if pretrained else 128
-    why = "SAM's width, to read pretrained tokens" if pretrained else "narrow: more steps per second from scratch"
+    dim = 256 if encoder.pretrained else 128
+    why = "SAM's width, to read pretrained tokens" if encoder.pretrained else "narrow: more steps per second"
+    if encoder.family == "sam":
+        dim, why = 256, "SAM's own decoder"
+        if config.model.decoder_dim not in ("auto", dim):
+            raise UnsupportedCombination(
+                f"model.decoder_dim is {config.model.decoder_dim}; SAM's decoder is {dim} wide. Leave it out."
+            )
     dim = _resolve(config.model.decoder_dim, dim, "decoder_options", why, reasons)
-    detail = stride == DETAIL_STRIDE if config.model.detail == "auto" else config.model.detail
-    if detail and stride != DETAIL_STRIDE:
+    auto_detail = encoder.stride == DETAIL_STRIDE and encoder.family != "sam"  # SAM's decoder starts as it was trained
+    detail = auto_detail if config.model.detail == "auto" else config.model.detail
+    if detail and encoder.stride != DETAIL_STRIDE:
         raise UnsupportedCombination(
-            f"model.detail is True, which fits encoders of stride {DETAIL_STRIDE}; this one's is {stride}. "
+            f"model.detail is True, which fits encoders of stride {DETAIL_STRIDE}; this one's is {encoder.stride}. "
             "Use model.detail=False."
         )
-    decoder: dict[str, int | bool | None] = {"dim": dim, "mlp_dim": 4 * dim, "detail": detail}
+    mlp_dim = 2048 if encoder.family == "sam" else 4 * dim
+    decoder: dict[str, int | bool | None] = {"dim": dim, "mlp_dim": mlp_dim, "detail": detail}
     asked = config.optim.loss
     if asked != "auto":
         _check_known("optim.loss", asked, CRITERIA)
@@ -312,10 +316,11 @@ def _head(
 
 
 def _budget(
-    config: Config, stats: DataStats, time_limit: float | None, reasons: dict[str, str]
+    config: Config, stats: DataStats, encoder: EncoderFacts, time_limit: float | None, reasons: dict[str, str]
 ) -> tuple[int, int, int]:
     """Choose batch size, views per epoch and epochs."""
-    batch_size = _resolve(config.env.batch_size, min(8, stats.rows), "batch_size", "measured on small data", reasons)
+    batch, why = (4, "as the paper has it") if encoder.family == "sam" else (8, "measured on small data")
+    batch_size = _resolve(config.env.batch_size, min(batch, stats.rows), "batch_size", why, reasons)
     views = max(1, math.ceil(MIN_STEPS_PER_EPOCH * batch_size / stats.rows))
     if views > 1:
         reasons["views"] = f"{stats.rows} images make short epochs: validate every {MIN_STEPS_PER_EPOCH} steps or so"
@@ -341,37 +346,6 @@ def _patience(config: Config, time_limit: float | None, reasons: dict[str, str])
 UNLIMITED = 10_000
 MIN_STEPS_PER_EPOCH = 25
 AUTO_STEPS = 1000
-
-
-def _machine(
-    config: Config, hardware: Hardware, batch_size: int, input_size: Sequence[int], reasons: dict[str, str]
-) -> tuple[int, str, int]:
-    """Choose micro-batch, number format and loader processes for the machine."""
-    # 2.5 kB per input pixel and image is an allowance for a float32 training step of the built-in encoder, not a
-    # measurement; a quarter of the memory leaves room for data, optimizer and allocator.
-    fits = max(1, int(hardware.memory / 4 / (2500 * input_size[0] * input_size[1])))
-    micro = next(size for size in range(min(batch_size, fits), 0, -1) if batch_size % size == 0)
-    micro = _resolve(
-        config.env.micro_batch_size, micro, "micro_batch_size", f"{hardware.memory / 2**30:.0f} GiB of memory", reasons
-    )
-    if batch_size % micro:
-        raise ConfigError(f"env.micro_batch_size is {micro}; it must divide env.batch_size, {batch_size}.")
-    precision = _resolve(
-        config.env.precision,
-        "bf16-mixed" if hardware.bf16 else "32-true",
-        "precision",
-        f"bfloat16 is {'fast' if hardware.bf16 else 'not fast'} on {hardware.name}",
-        reasons,
-    )
-    workers = 0 if hardware.device == "cpu" else min(8, hardware.cores // 2)
-    workers = _resolve(
-        config.env.num_workers,
-        workers,
-        "num_workers",
-        "the processor trains" if not workers else "half the cores",
-        reasons,
-    )
-    return micro, precision, workers
 
 
 def _augmentation(config: Config, stats: DataStats, reasons: dict[str, str]) -> str:

@@ -16,15 +16,19 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from semseg_automl.data.dataset import Batch, MaskDataModule
+from semseg_automl.data.dataset import Batch, MaskDataModule, MaskDataset
+from semseg_automl.data.table import MaskTable
 from semseg_automl.errors import ConfigError, TrainingError, nearest
+from semseg_automl.features import FeatureCache, feature_caches
 from semseg_automl.losses import CRITERIA
 from semseg_automl.metrics import build_metrics
+from semseg_automl.models.mask_decoder import SegmentationOutput
 from semseg_automl.models.segmentation_model import SegmentationModel, hard_labels, semantic_scores
 from semseg_automl.peft import trainable_parameters
 from semseg_automl.plan import Plan
@@ -59,6 +63,9 @@ class FineTuneModule(lightning.LightningModule):
         model: the network; only parameters that require gradients are optimised.
         plan: loss, optimizer and validation metric.
         task: what the masks hold.
+
+    Attributes:
+        caches: what the frozen part of the encoder computed, for ``train`` and ``validation``; either may be absent.
     """
 
     def __init__(self, model: SegmentationModel, plan: Plan, task: SegmentationTask) -> None:
@@ -68,10 +75,19 @@ class FineTuneModule(lightning.LightningModule):
         self.criterion = CRITERIA[plan.loss]
         name = plan.validation_metric
         self.metric = build_metrics([name], kind=task.kind, num_classes=task.num_classes)[name]
+        self.caches: dict[str, FeatureCache] = {}
+
+    def segment(self, batch: Batch, dataset: str) -> SegmentationOutput:
+        """Run the network on a batch, from what the cache of its dataset knows on where there is one."""
+        cache = self.caches.get(dataset)
+        if cache is None:
+            output: SegmentationOutput = self.model(batch.image)
+            return output
+        return self.model.finish(cache.states(batch.index, batch.image), cache.stage, batch.image)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Return the loss of a batch: the criterion plus the layers' auxiliary losses."""
-        output = self.model(batch.image)
+        output = self.segment(batch, "train")
         loss = self.criterion(output, batch.mask) + self.model.aux_loss().to(batch.mask.device)
         self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch))
         return loss
@@ -79,7 +95,7 @@ class FineTuneModule(lightning.LightningModule):
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Score a batch at each image's own resolution."""
         size = (batch.image.shape[-2], batch.image.shape[-1])
-        scores = semantic_scores(self.model(batch.image), size)
+        scores = semantic_scores(self.segment(batch, "validation"), size)
         for i, (geometry, mask) in enumerate(zip(batch.geometry, batch.native_masks, strict=True)):
             native = geometry.undo(scores[i])
             self.metric.update(native, hard_labels(native), mask.long())
@@ -279,6 +295,28 @@ class WeightKeeper(lightning.Callback):
             parameter.data.copy_(self.best[name])
 
 
+def data_module(
+    plan: Plan, task: SegmentationTask, train_table: MaskTable, validation_table: MaskTable
+) -> MaskDataModule:
+    """Return the loaders of training and validation batches, all as the plan has it.
+
+    Args:
+        plan: input size, batch, views, augmentation, seed, loader processes.
+        task: encodes the masks.
+        train_table: shuffled, augmented.
+        validation_table: in order, only resized.
+    """
+    return MaskDataModule(
+        MaskDataset(train_table, task, plan.input_size, plan.augmentation, plan.seed),
+        MaskDataset(validation_table, task, plan.input_size),
+        batch_size=plan.micro_batch_size,
+        views=plan.views,
+        num_workers=plan.num_workers,
+        seed=plan.seed,
+        cached_views=plan.cached_views,
+    )
+
+
 def train(
     model: SegmentationModel,
     plan: Plan,
@@ -288,6 +326,8 @@ def train(
     result: TrainingResult,
     on_best: Callable[[Weights], None],
     on_epoch: Callable[[dict[str, float]], None],
+    on_notice: Callable[[str], None],
+    cache_folder: Path | None = None,
     deadline: float | None = None,
     trainer_options: dict[str, Any] | None = None,
     progress_bar: bool = True,
@@ -298,18 +338,22 @@ def train(
         model: the network, its fine-tuning method applied.
         plan: the decisions.
         task: what the masks hold.
-        data: training and validation batches.
+        data: training and validation batches, from `data_module`.
         result: filled in as training goes. An interrupt (Ctrl-C) ends it early and is named in ``stopped_by``.
         on_best: called with the trainable weights whenever they are the best so far; those are in place then.
         on_epoch: called with each complete entry of the history.
+        on_notice: called with what the user should know besides, for example that the feature cache is full.
+        cache_folder: for a feature cache on disk, made and deleted here; may be None without one.
         deadline: `time.monotonic` seconds at which training, last validation included, must be over.
         trainer_options: passed on to Lightning's trainer by name.
         progress_bar: show Lightning's progress bar.
 
     Raises:
-        ConfigError: a trainer option is unknown.
+        ConfigError: a trainer option is unknown, or the plan caches on disk without a folder.
         TrainingError: the loss is no longer finite.
     """
+    if plan.checkpointing:
+        model.encoder.checkpointing = True
     options = check_trainer_options(trainer_options or {})
     module = FineTuneModule(model, plan, task)
     keeper = WeightKeeper(model, plan, result, on_best, on_epoch)
@@ -324,7 +368,8 @@ def train(
     settings = _trainer_settings(plan) | {"enable_progress_bar": progress_bar} | options
     with _quiet_lightning():
         trainer = lightning.Trainer(callbacks=callbacks, **settings)
-        with torch.random.fork_rng():
+        folder = None if cache_folder is None else cache_folder / f"rank{trainer.global_rank}"
+        with torch.random.fork_rng(), feature_caches(model, plan, data, folder, on_notice) as module.caches:
             torch.manual_seed(plan.seed)
             interrupted = _fit_or_interrupt(trainer, module, data)
     keeper.restore()

@@ -20,6 +20,7 @@ from semseg_automl.bundle import Bundle, load_bundle, save_bundle
 from semseg_automl.config import load_config
 from semseg_automl.errors import BundleError
 from semseg_automl.hardware import Hardware
+from semseg_automl.models.facts import EncoderFacts
 from semseg_automl.models.segmentation_model import semantic_scores
 from semseg_automl.peft import METHODS
 from semseg_automl.plan import DataStats, Plan, make_plan
@@ -38,9 +39,9 @@ RECORD: dict[str, Any] = {
 
 def tiny_plan(method: str = "conv_lora", head: str = "class_tokens") -> Plan:
     """Plan a network of a few thousand parameters, its encoder from a file that does not exist."""
-    shape = {"embed_dim": 64, "depth": 2, "num_heads": 1, "patch_size": 8, "grid": 4}
+    options: dict[str, Any] = {"embed_dim": 64, "depth": 2, "num_heads": 1, "patch_size": 8, "grid": 4}
+    encoder = EncoderFacts("tiny_vit", "tiny_vit", options, 8, 64, 2, "gone/vit.safetensors", "a file")
     settings = {
-        "model.checkpoint": "gone/vit.safetensors",
         "model.decoder_dim": 32,
         "model.input_size": 32,
         "model.multiclass_head": head,
@@ -49,7 +50,7 @@ def tiny_plan(method: str = "conv_lora", head: str = "class_tokens") -> Plan:
     }
     stats = DataStats(rows=10, sizes=((40, 50),) * 10)
     hardware = Hardware("cpu", "CPU", 2**33, 2, bf16=False)
-    return make_plan(load_config("fast", settings), TASK, stats, hardware, checkpoint_shape=shape)
+    return make_plan(load_config("fast", settings), TASK, stats, hardware, encoder)
 
 
 def tiny_bundle(method: str = "conv_lora", head: str = "class_tokens") -> Bundle:

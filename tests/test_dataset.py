@@ -57,6 +57,7 @@ def assert_same_batches(got: Iterable[Batch], expected: Iterable[Batch]) -> None
         assert torch.equal(a.image, b.image)
         assert torch.equal(a.mask, b.mask)
         assert a.geometry == b.geometry
+        assert torch.equal(a.index, b.index)
         for mine, theirs in zip(a.native_masks, b.native_masks, strict=True):
             assert torch.equal(mine, theirs)
 
@@ -83,6 +84,22 @@ def test_view_sampler__same_seed_and_epoch__gives_the_same_order() -> None:
     assert list(first) != list(other)
 
 
+@pytest.mark.parametrize(("views", "cached_views", "epochs"), [(1, 2, 2), (2, 4, 2), (3, 2, 1), (2, 3, 3)])
+def test_view_sampler__cached_views__come_round_again_in_another_order(
+    views: int, cached_views: int, epochs: int
+) -> None:
+    sampler = ViewSampler(7, views, seed=0, cached_views=cached_views)
+    first: list[int] = []
+    second: list[int] = []
+    for epoch in range(2 * epochs):
+        sampler.set_epoch(epoch)
+        indices = list(sampler)
+        assert Counter(index % 7 for index in indices) == dict.fromkeys(range(7), views)
+        (first if epoch < epochs else second).extend(indices)
+    assert set(first) == set(second) == set(range(7 * cached_views))
+    assert first != second
+
+
 def test_dataset__same_seed__gives_the_same_samples_in_any_order() -> None:
     first, second = draw_dataset(augmentation="strong"), draw_dataset(augmentation="strong")
     forwards = [first[index] for index in range(15)]
@@ -97,6 +114,7 @@ def test_dataset__other_view_of_a_row__is_augmented_otherwise() -> None:
     assert not any(same(views[0], view) for view in views[1:])
     assert all(np.array_equal(view.native_mask, views[0].native_mask) for view in views)
     assert all(view.geometry == views[0].geometry for view in views)
+    assert [view.index for view in views] == [2, 7, 12, 17]
 
 
 def test_dataset__no_augmentation__only_resizes_whatever_the_view() -> None:
@@ -182,6 +200,7 @@ def test_collate__samples_of_different_sizes__have_the_documented_shapes_and_typ
     assert [tuple(mask.shape) for mask in batch.native_masks] == [(20, 30), (28, 26)]
     assert all(mask.dtype == torch.uint8 for mask in batch.native_masks)
     assert [geometry.original_size for geometry in batch.geometry] == [(20, 30), (28, 26)]
+    assert (batch.index.tolist(), batch.index.dtype) == ([0, 4], torch.int64)
     assert np.array_equal(batch.image[1].permute(1, 2, 0).numpy(), samples[1].image)
     assert np.array_equal(batch.mask[1].numpy(), samples[1].mask)
     assert set(batch.mask.unique().tolist()) == {0, 1, IGNORE_INDEX}
@@ -193,4 +212,5 @@ def test_batch__to_another_device__moves_all_tensors_and_keeps_the_geometry() ->
     assert isinstance(moved, Batch)
     assert {t.device.type for t in (moved.image, moved.mask, *moved.native_masks)} == {"meta"}
     assert moved.geometry == batch.geometry
+    assert (moved.index.device.type, moved.index.tolist()) == ("cpu", [0, 1])
     assert batch.image.device.type == "cpu"

@@ -19,14 +19,14 @@ PACKAGE = "semseg_automl"
 
 # Modules (without "semseg_automl.") and whole subpackages, lowest first. Imports go to a lower line, or stay
 # inside one subpackage. A new module is entered here. "" is the package itself, which no module imports from;
-# build stands between the plan it reads and those who train and load; cli and demo above those they call.
+# build and features stand between the plan they read and those who train and load; cli and demo above those they call.
 LAYERS = [
     "version errors third_party data",
     "data.images tiling matching hardware",
     "models task config saliency",
-    "peft losses metrics data.table data.transforms data.synthetic",
+    "capacity peft losses metrics data.table data.transforms data.synthetic",
     "data.dataset plan",
-    "build",
+    "build features",
     "training inference bundle",
     "evaluation",
     "estimator",

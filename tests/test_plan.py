@@ -16,6 +16,7 @@ from semseg_automl.errors import ConfigError, UnsupportedCombination
 from semseg_automl.hardware import Hardware
 from semseg_automl.losses import CRITERIA
 from semseg_automl.metrics import DEFAULT_METRICS
+from semseg_automl.models.facts import EncoderFacts, encoder_facts
 from semseg_automl.plan import DataStats, Plan, make_plan
 from semseg_automl.task import SegmentationTask
 
@@ -24,7 +25,9 @@ CPU = Hardware("cpu", "CPU with 2 cores", 8 * GIB, 2, bf16=False)
 BINARY = SegmentationTask("binary", values=(0, 255), class_names=("background", "polyp"))
 MULTICLASS = SegmentationTask("multiclass", values=(0, 1, 5), class_names=("sky", "road", "car"))
 STATS = DataStats(rows=40, sizes=((480, 640),) * 40)
-VIT = {"embed_dim": 64, "depth": 4, "num_heads": 1, "patch_size": 8, "grid": 4}
+VIT: dict[str, Any] = {"embed_dim": 64, "depth": 4, "num_heads": 1, "patch_size": 8, "grid": 4}
+SCRATCH = encoder_facts("tiny_vit")
+PRETRAINED = EncoderFacts("tiny_vit", "tiny_vit", VIT | {"neck_taps": [1, 3]}, 8, 64, 4, "absent/vit.safetensors", "a file")
 
 
 def plan_of(
@@ -32,15 +35,16 @@ def plan_of(
     task: SegmentationTask = BINARY,
     stats: DataStats = STATS,
     hardware: Hardware = CPU,
+    encoder: EncoderFacts = SCRATCH,
     **options: Any,
 ) -> Plan:
     """Make a plan from the default preset and overrides."""
-    return make_plan(load_config("fast", settings), task, stats, hardware, **options)
+    return make_plan(load_config("fast", settings), task, stats, hardware, encoder, **options)
 
 
 def with_checkpoint(settings: dict[str, Any] | None = None, **options: Any) -> Plan:
     """Make a plan for an encoder whose weights come from a file; making it opens none."""
-    return plan_of({"model.checkpoint": "absent/vit.safetensors", **(settings or {})}, checkpoint_shape=VIT, **options)
+    return plan_of(settings, encoder=PRETRAINED, **options)
 
 
 CASES: dict[str, tuple[dict[str, Any], SegmentationTask, bool]] = {
@@ -57,8 +61,8 @@ def test_make_plan__everything_auto__decides_all_and_says_why(case: str) -> None
     settings, task, pretrained = CASES[case]
     plan = (with_checkpoint if pretrained else plan_of)(settings, task=task)
     assert "auto" not in yaml.safe_dump(plan.model_dump(mode="json", exclude={"reasons"}))
-    decided = {"encoder_options", "decoder_options", "input_size", "peft", "loss", "lr", "batch_size", "max_epochs"}
-    decided |= {"micro_batch_size", "precision", "num_workers", "augmentation"}
+    decided = {"encoder", "decoder_options", "input_size", "peft", "loss", "lr", "batch_size", "max_epochs"}
+    decided |= {"micro_batch_size", "precision", "num_workers", "augmentation", "checkpointing", "feature_cache"}
     decided |= {"peft_options"} if plan.peft_options else set()
     assert decided <= set(plan.reasons) <= set(Plan.model_fields)
     assert all(plan.reasons.values())
@@ -161,7 +165,8 @@ def test_make_plan__less_memory__divides_the_same_effective_batch(batch_size: in
 def test_make_plan__another_machine__changes_only_what_hardware_may_decide() -> None:
     small = plan_of(hardware=Hardware("cpu", "CPU", GIB, 1, bf16=False))
     large = plan_of(hardware=Hardware("cuda", "H100", 80 * GIB, 32, bf16=True))
-    for name in set(Plan.model_fields) - {"micro_batch_size", "precision", "num_workers", "reasons"}:
+    machine = {"micro_batch_size", "precision", "num_workers", "checkpointing", "feature_cache", "reasons"}
+    for name in set(Plan.model_fields) - machine:
         assert getattr(small, name) == getattr(large, name), name
     assert (small.precision, large.precision) == ("32-true", "bf16-mixed")
 
@@ -212,7 +217,7 @@ def test_make_plan__loss_of_the_queries_head__chooses_that_head() -> None:
     assert plan.decoder_options["num_classes"] == MULTICLASS.num_classes
 
 
-@pytest.mark.parametrize("key", ["optim.loss", "optim.peft", "model.encoder"])
+@pytest.mark.parametrize("key", ["optim.loss", "optim.peft"])
 def test_make_plan__unknown_name__is_refused(key: str) -> None:
     with pytest.raises(ConfigError, match="nonsense"):
         plan_of({key: "nonsense"})
@@ -260,8 +265,8 @@ def test_plan__unknown_or_missing_field__is_refused() -> None:
 
 def test_make_plan__called_twice__changes_nothing_it_was_given() -> None:
     config = Config()
-    first = make_plan(config, BINARY, STATS, CPU)
-    assert make_plan(config, BINARY, STATS, CPU) == first
+    first = make_plan(config, BINARY, STATS, CPU, SCRATCH)
+    assert make_plan(config, BINARY, STATS, CPU, SCRATCH) == first
     assert config == Config()
 
 
@@ -269,3 +274,26 @@ def test_make_plan__called_twice__changes_nothing_it_was_given() -> None:
 def test_make_plan__option_of_a_head_that_is_not_there__is_refused(settings: dict[str, object]) -> None:
     with pytest.raises(UnsupportedCombination, match="model"):
         plan_of(settings)
+
+
+def test_make_plan__sam__follows_the_paper() -> None:
+    plan = plan_of(encoder=encoder_facts("sam_vit_b"))
+    assert (plan.encoder, plan.checkpoint, plan.input_size) == ("sam_vit_b", "official", (1024, 1024))
+    assert (plan.peft, plan.peft_options["rank"], plan.peft_options["alpha"]) == ("conv_lora", 3, 32.0)
+    assert (plan.lr, plan.batch_size) == (1e-4, 4)
+    assert plan.decoder_options == {"dim": 256, "mlp_dim": 2048, "detail": False, "num_mask_tokens": 1, "num_classes": None}
+    with pytest.raises(UnsupportedCombination, match="256 wide"):
+        plan_of({"model.decoder_dim": 128}, encoder=encoder_facts("sam_vit_b"))
+
+
+def test_make_plan__random_weights_as_asked__train_all_of_sam() -> None:
+    plan = plan_of(encoder=encoder_facts("sam_vit_h", pretrained=False))
+    assert (plan.peft, plan.checkpoint) == ("full", None)
+
+
+def test_make_plan__lora_options_of_another_method__are_said_not_to_be_used() -> None:
+    settings = {"optim.peft": "lora", "optim.lora.experts": 4, "optim.lora.rank": 2}
+    reason = with_checkpoint(settings).reasons["peft_options"]
+    assert "lora does not use optim.lora.experts" in reason
+    assert "rank" not in reason
+    assert "not use optim.lora.rank" in plan_of({"optim.lora.rank": 2}).reasons["peft_options"]

@@ -13,15 +13,15 @@ from torch.nn import functional as F  # noqa: N812
 
 from semseg_automl.errors import CheckpointError, ConfigError
 from semseg_automl.models.checkpoints import read_checkpoint
-from semseg_automl.models.layers import PLAIN_ATTENTION_TOKENS, LayerNorm2d, attend
-from semseg_automl.models.tiny_vit import (
-    Block,
-    TinyViT,
+from semseg_automl.models.layers import (
+    PLAIN_ATTENTION_TOKENS,
+    LayerNorm2d,
+    attend,
     interpolate_position,
-    plain_vit_shape,
     window_partition,
     window_unpartition,
 )
+from semseg_automl.models.tiny_vit import Block, TinyViT, plain_vit_shape
 
 SHAPES: dict[str, dict[str, Any]] = {
     "global": {},

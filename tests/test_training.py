@@ -7,16 +7,24 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from semseg_automl import draw_dataset
 from semseg_automl.build import seeded_model
-from semseg_automl.data.dataset import MaskDataModule, MaskDataset
 from semseg_automl.data.table import check_rows, read_table
 from semseg_automl.errors import ConfigError
 from semseg_automl.estimator import SemanticSegmentor
+from semseg_automl.models import encoder as encoder_module
 from semseg_automl.peft import trainable_parameters
 from semseg_automl.plan import Plan
-from semseg_automl.training import TrainingResult, Weights, check_trainer_options, learning_rate_factor, train
+from semseg_automl.training import (
+    TrainingResult,
+    Weights,
+    check_trainer_options,
+    data_module,
+    learning_rate_factor,
+    train,
+)
 
 SETTINGS: dict[str, Any] = {
     "model.input_size": 32,
@@ -38,28 +46,21 @@ def trained(folder: Path, **updates: Any) -> tuple[dict[str, torch.Tensor], Trai
     """Train two epochs with changes to the plan; return final weights, result and every best state."""
     segmentor = SemanticSegmentor(hyperparameters=SETTINGS, verbosity=0)
     segmentor.fit(folder / "train.csv", folder / "val.csv", dry_run=True, max_epochs=2)
-    plan: Plan = segmentor.plan_.model_copy(update={"views": 1, **updates})
+    plan: Plan = segmentor.plan_.model_copy(update={"views": 1, "num_workers": 0, **updates})
     model = seeded_model(plan)
-    tables = [read_table(folder / f"{split}.csv") for split in ("train", "val")]
-    assert len(check_rows(tables[0])) == 8
-    data = MaskDataModule(
-        MaskDataset(tables[0], segmentor.task_, plan.input_size, plan.augmentation, plan.seed),
-        MaskDataset(tables[1], segmentor.task_, plan.input_size),
-        batch_size=plan.micro_batch_size,
-        views=plan.views,
-        num_workers=0,
-        seed=0,
-    )
+    train_table, validation_table = (read_table(folder / f"{split}.csv") for split in ("train", "val"))
+    assert len(check_rows(train_table)) == 8
     result = TrainingResult()
     best: list[Weights] = []
     train(
         model,
         plan,
         segmentor.task_,
-        data,
+        data_module(plan, segmentor.task_, train_table, validation_table),
         result=result,
         on_best=best.append,
         on_epoch=lambda _: None,
+        on_notice=pytest.fail,
         progress_bar=False,
     )
     return {name: p.detach() for name, p in trainable_parameters(model).items()}, result, best
@@ -92,6 +93,33 @@ def test_train__no_improvement__stops_by_patience(folder: Path) -> None:
     _, result, _ = trained(folder, lr=1e-12, ema=0.0, max_epochs=9, patience=1)
     assert result.stopped_by == "patience"
     assert len(result.history) == 2
+
+
+def test_train__activations_recomputed__gives_the_same_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, _, _ = trained(folder)
+    recomputed_blocks: list[Any] = []
+
+    def noting_checkpoint(block: Any, tokens: torch.Tensor, *, use_reentrant: bool) -> Any:
+        recomputed_blocks.append(block)
+        return checkpoint(block, tokens, use_reentrant=use_reentrant)
+
+    monkeypatch.setattr(encoder_module, "checkpoint", noting_checkpoint)
+    recomputed, _, _ = trained(folder, checkpointing=True)
+    assert recomputed_blocks
+    assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
+
+
+def test_data_module__plan__decides_everything(folder: Path) -> None:
+    segmentor = SemanticSegmentor(hyperparameters=SETTINGS, verbosity=0)
+    segmentor.fit(folder / "train.csv", folder / "val.csv", dry_run=True, seed=5)
+    changes = {"micro_batch_size": 2, "views": 3, "cached_views": 2, "augmentation": "strong", "num_workers": 1}
+    plan: Plan = segmentor.plan_.model_copy(update=changes)
+    tables = [read_table(folder / f"{split}.csv") for split in ("train", "val")]
+    data = data_module(plan, segmentor.task_, *tables)
+    assert (data.batch_size, data.views, data.cached_views, data.num_workers, data.seed) == (2, 3, 2, 1, 5)
+    assert (len(data.train), data.train.augmentation, data.train.seed) == (8, "strong", 5)
+    assert (len(data.validation), data.validation.augmentation) == (3, "none")
+    assert data.train.input_size == data.validation.input_size == (32, 32)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])

@@ -34,12 +34,14 @@ class Sample:
         mask: ``(h, w)`` uint8 class indices at the input size.
         geometry: how to get back to the image's own size.
         native_mask: ``(H, W)`` uint8 class indices at the image's own size.
+        index: item of the dataset this is, ``view * rows + row``.
     """
 
     image: NDArray[np.uint8]
     mask: NDArray[np.uint8]
     geometry: Geometry
     native_mask: NDArray[np.uint8]
+    index: int
 
 
 @dataclass
@@ -51,12 +53,14 @@ class Batch:
         mask: ``(B, h, w)`` int64 class indices, 255 where unknown.
         geometry: one per image.
         native_masks: ``(H, W)`` uint8 class indices at each image's own size.
+        index: ``(B,)`` int64 items of the dataset, always on the CPU.
     """
 
     image: Tensor
     mask: Tensor
     geometry: list[Geometry]
     native_masks: list[Tensor]
+    index: Tensor
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -69,6 +73,7 @@ class Batch:
             self.mask.to(device, non_blocking=non_blocking),
             self.geometry,
             [mask.to(device, non_blocking=non_blocking) for mask in self.native_masks],
+            self.index,
         )
 
 
@@ -79,6 +84,7 @@ def collate(samples: list[Sample]) -> Batch:
         torch.from_numpy(np.stack([s.mask for s in samples]).astype(np.int64)),
         [s.geometry for s in samples],
         [torch.from_numpy(s.native_mask) for s in samples],
+        torch.tensor([s.index for s in samples]),
     )
 
 
@@ -112,10 +118,10 @@ class MaskDataset(Dataset[Sample]):
         image, mask = self._decoded(row)
         if self.augmentation == "none":
             resized, geometry = resize(image, self.input_size)
-            return Sample(resized, resize_mask(mask, self.input_size), geometry, mask)
+            return Sample(resized, resize_mask(mask, self.input_size), geometry, mask, index)
         rng = np.random.default_rng([self.seed, view, row])
         geometry = Geometry(original_size=(image.shape[0], image.shape[1]), input_size=self.input_size)
-        return Sample(*augment(image, mask, self.input_size, self.augmentation, rng), geometry, mask)
+        return Sample(*augment(image, mask, self.input_size, self.augmentation, rng), geometry, mask, index)
 
     def _decoded(self, row: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """Read image and encoded mask of a row, from memory where they fit."""
@@ -133,18 +139,21 @@ class MaskDataset(Dataset[Sample]):
 
 
 class ViewSampler(Sampler[int]):
-    """Every row `views` times an epoch, shuffled; each epoch's indices name new views (see `MaskDataset`).
+    """Every row `views` times an epoch, shuffled anew; the indices name views of the rows (see `MaskDataset`).
 
     Args:
         rows: rows of the table.
         views: times each row is shown per epoch.
         seed: of the order.
+        cached_views: different views of a row in the whole training, which come round and round; 0 for new ones
+            every epoch.
     """
 
-    def __init__(self, rows: int, views: int, seed: int) -> None:
+    def __init__(self, rows: int, views: int, seed: int, cached_views: int = 0) -> None:
         self.rows = rows
         self.views = views
         self.seed = seed
+        self.cached_views = cached_views
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -160,7 +169,8 @@ class ViewSampler(Sampler[int]):
         rng = np.random.default_rng([self.seed, self.epoch])
         first_view = self.epoch * self.views
         for view in range(first_view, first_view + self.views):
-            yield from (view * self.rows + rng.permutation(self.rows)).tolist()
+            shown = view % self.cached_views if self.cached_views else view
+            yield from (shown * self.rows + rng.permutation(self.rows)).tolist()
 
 
 class MaskDataModule(lightning.LightningDataModule):
@@ -173,10 +183,19 @@ class MaskDataModule(lightning.LightningDataModule):
         views: times each training row is shown per epoch.
         num_workers: loader processes.
         seed: of the order.
+        cached_views: see `ViewSampler`.
     """
 
     def __init__(
-        self, train: MaskDataset, validation: MaskDataset, *, batch_size: int, views: int, num_workers: int, seed: int
+        self,
+        train: MaskDataset,
+        validation: MaskDataset,
+        *,
+        batch_size: int,
+        views: int,
+        num_workers: int,
+        seed: int,
+        cached_views: int = 0,
     ) -> None:
         super().__init__()
         self.train = train
@@ -185,10 +204,11 @@ class MaskDataModule(lightning.LightningDataModule):
         self.views = views
         self.num_workers = num_workers
         self.seed = seed
+        self.cached_views = cached_views
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Return shuffled batches; a last incomplete one is left out, its rows come in other epochs."""
-        sampler = ViewSampler(len(self.train), self.views, self.seed)
+        sampler = ViewSampler(len(self.train), self.views, self.seed, self.cached_views)
         return self._loader(self.train, min(self.batch_size, len(sampler)), sampler=sampler, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Sample]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
@@ -34,3 +36,27 @@ class LayerNorm2d(nn.Module):
         """Normalise each pixel's channel vector."""
         normed = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, self.eps)
         return normed.permute(0, 3, 1, 2)
+
+
+def window_partition(x: Tensor, window: int) -> tuple[Tensor, tuple[int, int]]:
+    """Cut ``(B, H, W, C)`` into ``(B * windows, window, window, C)``, zero-padded below and right to whole windows."""
+    batch, height, width, channels = x.shape
+    x = F.pad(x, (0, 0, 0, -width % window, 0, -height % window))
+    rows, columns = x.shape[1] // window, x.shape[2] // window
+    x = x.view(batch, rows, window, columns, window, channels).transpose(2, 3)
+    return x.reshape(-1, window, window, channels), (rows * window, columns * window)
+
+
+def window_unpartition(windows: Tensor, window: int, padded: tuple[int, int], size: Sequence[int]) -> Tensor:
+    """Put windows back into ``(B, H, W, C)`` and drop the padding; the inverse of `window_partition`."""
+    rows, columns = padded[0] // window, padded[1] // window
+    x = windows.view(-1, rows, columns, window, window, windows.shape[-1]).transpose(2, 3)
+    return x.reshape(-1, *padded, windows.shape[-1])[:, : size[0], : size[1]]
+
+
+def interpolate_position(embedding: Tensor, size: Sequence[int]) -> Tensor:
+    """Resize a position embedding ``(1, g, g, C)`` to ``(1, *size, C)``, bicubic; exact when the sizes agree."""
+    if tuple(embedding.shape[1:3]) == tuple(size):
+        return embedding
+    resized = F.interpolate(embedding.permute(0, 3, 1, 2), size=tuple(size), mode="bicubic", align_corners=False)
+    return resized.permute(0, 2, 3, 1)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from semseg_automl.errors import CheckpointError
 from semseg_automl.models.layers import LayerNorm2d, attend
 
 
@@ -181,6 +182,7 @@ class MaskDecoder(nn.Module):
     """
 
     positional_encoding_gaussian_matrix: Tensor
+    no_mask_embed: Tensor
 
     def __init__(
         self,
@@ -209,19 +211,54 @@ class MaskDecoder(nn.Module):
         self.class_head = nn.Linear(dim, num_classes + 1) if num_classes is not None else None
         self.detail = DetailBranch(dim // 8, dim // 4) if detail else None
         self.register_buffer("positional_encoding_gaussian_matrix", torch.randn(2, dim // 2))
+        self.register_buffer("no_mask_embed", torch.zeros(dim))  # what SAM adds to the image where no mask is prompted
 
     def forward(self, embeddings: Tensor, images: Tensor) -> SegmentationOutput:
         """Decode ``embeddings (B, dim, h, w)`` of normalised ``images (B, 3, H, W)``."""
         batch, _, height, width = embeddings.shape
         tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight]).expand(batch, -1, -1)
         image_pe = self.image_position(height, width).expand(batch, -1, -1)
-        tokens, image = self.transformer(embeddings.flatten(2).transpose(1, 2), image_pe, tokens)
+        image = embeddings.flatten(2).transpose(1, 2) + self.no_mask_embed
+        tokens, image = self.transformer(image, image_pe, tokens)
         mask_tokens = tokens[:, 1:]
         upscaled = self._upscale(image.transpose(1, 2).unflatten(2, (height, width)), images)
         weights = self.output_hypernetworks_mlps[0](mask_tokens)
         mask_logits = (weights @ upscaled.flatten(2)).unflatten(2, upscaled.shape[2:])
         class_logits = None if self.class_head is None else self.class_head(mask_tokens)
         return SegmentationOutput(mask_logits, class_logits)
+
+    def load_sam(self, state: dict[str, Tensor], *, source: str) -> None:
+        """Fill the decoder from a whole SAM's weights, in the names of ``segment_anything``.
+
+        Of SAM's four mask tokens and hypernetworks the first is taken, the one for a single mask; further mask tokens
+        start near it, apart from each other. Class head and detail branch are not SAM's and stay as they are.
+
+        Args:
+            state: SAM's tensors by name.
+            source: what to call the file in errors.
+
+        Raises:
+            CheckpointError: a tensor is missing or has another shape; both are named.
+        """
+        found = {name.removeprefix("mask_decoder."): tensor.float() for name, tensor in state.items()}
+        matrix = "positional_encoding_gaussian_matrix"
+        found[matrix] = found.get(f"prompt_encoder.pe_layer.{matrix}", torch.empty(0))
+        found["no_mask_embed"] = found.get("prompt_encoder.no_mask_embed.weight", torch.empty(0)).flatten()
+        expected = {n: t for n, t in self.state_dict().items() if not n.startswith(("class_head.", "detail."))}
+        first = found.get("mask_tokens.weight", torch.empty(0))[:1]
+        if first.shape == expected["mask_tokens.weight"][:1].shape:
+            # Half of their own spread apart: identical tokens would get identical gradients and never specialise.
+            spread = 0.5 * first.std() * torch.randn_like(expected["mask_tokens.weight"])
+            spread[0] = 0
+            found["mask_tokens.weight"] = first + spread
+        for name, tensor in expected.items():
+            shape = tuple(found[name].shape) if name in found else None
+            if shape != tuple(tensor.shape):
+                raise CheckpointError(
+                    f"{source}: '{name}' of the mask decoder is {shape or 'missing'}, expected {tuple(tensor.shape)}. "
+                    "Give an official SAM checkpoint, and leave model.decoder_dim out."
+                )
+        self.load_state_dict({name: found[name] for name in expected}, strict=False)
 
     def _upscale(self, x: Tensor, images: Tensor) -> Tensor:
         """Upscale ``(B, dim, h, w)`` four times to ``(B, dim / 8, 4h, 4w)``."""

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from semseg_automl.errors import ConfigError
-from semseg_automl.models.encoder import Encoder, auxiliary_loss
+from semseg_automl.models.encoder import Encoder, EncoderState, auxiliary_loss
 from semseg_automl.models.mask_decoder import MaskDecoder, SegmentationOutput
 
 
@@ -29,13 +29,30 @@ class SegmentationModel(nn.Module):
         Raises:
             ConfigError: a side is not divisible by the encoder's stride.
         """
+        normalised = self.normalise(images)
+        output: SegmentationOutput = self.mask_decoder(self.encoder(normalised), normalised)
+        return output
+
+    def begin(self, images: Tensor, stage: int) -> EncoderState:
+        """Encode ``images (B, 3, H, W)``, 0..255, up to `stage` of the encoder; see `Encoder`."""
+        return self.encoder.begin(self.normalise(images), stage)
+
+    def finish(self, state: EncoderState, stage: int, images: Tensor) -> SegmentationOutput:
+        """Go on from what `begin` returned for the same `stage` and ``images`` to what `forward` returns."""
+        output: SegmentationOutput = self.mask_decoder(self.encoder.finish(state, stage), self.normalise(images))
+        return output
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Bring ``images (B, 3, H, W)``, 0..255, to the encoder's mean and deviation.
+
+        Raises:
+            ConfigError: a side is not divisible by the encoder's stride.
+        """
         stride = self.encoder.stride
         height, width = images.shape[-2:]
         if height % stride or width % stride:
             raise ConfigError(f"the input is {height} x {width} pixels; both sides must be divisible by {stride}.")
-        normalised = (images.float() - self.encoder.pixel_mean) / self.encoder.pixel_std
-        output: SegmentationOutput = self.mask_decoder(self.encoder(normalised), normalised)
-        return output
+        return (images.float() - self.encoder.pixel_mean) / self.encoder.pixel_std
 
     def aux_loss(self) -> Tensor:
         """Sum the auxiliary losses of the last forward pass, a scalar."""

@@ -15,8 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from semseg_automl.errors import CheckpointError, ConfigError
-from semseg_automl.models.encoder import Encoder
-from semseg_automl.models.layers import LayerNorm2d, attend
+from semseg_automl.models.encoder import TokenEncoder
+from semseg_automl.models.layers import (
+    LayerNorm2d,
+    attend,
+    interpolate_position,
+    window_partition,
+    window_unpartition,
+)
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
@@ -77,22 +83,6 @@ class Block(nn.Module):
         x = x + attended
         out: Tensor = x + self.mlp(self.norm2(x))
         return out
-
-
-def window_partition(x: Tensor, window: int) -> tuple[Tensor, tuple[int, int]]:
-    """Cut ``(B, H, W, C)`` into ``(B * windows, window, window, C)``, zero-padded below and right to whole windows."""
-    batch, height, width, channels = x.shape
-    x = F.pad(x, (0, 0, 0, -width % window, 0, -height % window))
-    rows, columns = x.shape[1] // window, x.shape[2] // window
-    x = x.view(batch, rows, window, columns, window, channels).transpose(2, 3)
-    return x.reshape(-1, window, window, channels), (rows * window, columns * window)
-
-
-def window_unpartition(windows: Tensor, window: int, padded: tuple[int, int], size: Sequence[int]) -> Tensor:
-    """Put windows back into ``(B, H, W, C)`` and drop the padding; the inverse of `window_partition`."""
-    rows, columns = padded[0] // window, padded[1] // window
-    x = windows.view(-1, rows, columns, window, window, windows.shape[-1]).transpose(2, 3)
-    return x.reshape(-1, *padded, windows.shape[-1])[:, : size[0], : size[1]]
 
 
 class PatchEmbed(nn.Module):
@@ -164,7 +154,7 @@ class MultiBlockNeck(nn.Module):
         return out
 
 
-class TinyViT(Encoder):
+class TinyViT(TokenEncoder):
     """A small plain ViT with windowed and global attention.
 
     Args:
@@ -175,13 +165,13 @@ class TinyViT(Encoder):
         conv_stem: embed patches by a stack of convolutions; `patch_size` must be a power of two then.
         window_size: tokens per window side, 0 for global attention everywhere.
         global_blocks: blocks with global attention when windows are used.
-        neck_taps: blocks whose tokens the neck reads, in order.
+        neck_taps: blocks whose tokens the neck reads; the last one is among them.
         out_channels: channels of the embeddings.
         grid: side of the stored position embedding, in tokens; interpolated to the grid of the input.
 
     Raises:
-        ConfigError: the heads do not divide the width, a tap is no block or comes twice, or the stem does not fit the
-            patch size.
+        ConfigError: the heads do not divide the width, the taps are not blocks with the last one among them, or the
+            stem does not fit the patch size.
     """
 
     def __init__(
@@ -204,8 +194,10 @@ class TinyViT(Encoder):
         if conv_stem and patch_size & (patch_size - 1):
             raise ConfigError(f"patch_size is {patch_size}; with a convolution stem it must be a power of two.")
         taps = sorted({tap % depth for tap in neck_taps if -depth <= tap < depth})
-        if len(taps) != len(neck_taps) or not taps:
-            raise ConfigError(f"neck_taps is {tuple(neck_taps)}; allowed: one or more of 0 to {depth - 1}, each once.")
+        if len(taps) != len(neck_taps) or not taps or taps[-1] != depth - 1:
+            raise ConfigError(
+                f"neck_taps is {tuple(neck_taps)}; allowed: some of 0 to {depth - 1}, each once, the last among them."
+            )
         self.stride = patch_size
         self.embed_dim = embed_dim
         self.out_channels = out_channels
@@ -223,17 +215,13 @@ class TinyViT(Encoder):
                 nn.init.zeros_(module.bias)
         self.fresh_parameter_names = frozenset(name for name, _ in self.named_parameters())
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Encode normalised images ``(B, 3, H, W)`` to ``(B, out_channels, H / stride, W / stride)``."""
-        x = self.patch_embed(images)
-        x = x + interpolate_position(self.pos_embed, x.shape[1:3])
-        tapped = []
-        for i, block in enumerate(self.blocks):
-            x = block(x)
-            if self.side is not None:
-                x = self.side(i, x)
-            if i in self.neck_taps:
-                tapped.append(x)
+    def embed(self, images: Tensor) -> Tensor:
+        """Turn normalised images ``(B, 3, H, W)`` into tokens ``(B, H / stride, W / stride, embed_dim)``."""
+        tokens: Tensor = self.patch_embed(images)
+        return tokens + interpolate_position(self.pos_embed, tokens.shape[1:3])
+
+    def read_out(self, tapped: list[Tensor]) -> Tensor:
+        """Turn the tapped token grids into embeddings ``(B, out_channels, H / stride, W / stride)``."""
         embeddings: Tensor = self.neck(tapped)
         return embeddings
 
@@ -313,11 +301,3 @@ def plain_vit_shape(state: dict[str, Tensor], *, source: str) -> dict[str, int]:
         "patch_size": patch.shape[-1],
         "grid": grid,
     }
-
-
-def interpolate_position(embedding: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize a position embedding ``(1, g, g, C)`` to ``(1, *size, C)``, bicubic; exact when the sizes agree."""
-    if tuple(embedding.shape[1:3]) == tuple(size):
-        return embedding
-    resized = F.interpolate(embedding.permute(0, 3, 1, 2), size=tuple(size), mode="bicubic", align_corners=False)
-    return resized.permute(0, 2, 3, 1)

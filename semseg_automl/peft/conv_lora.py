@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from semseg_automl.errors import ConfigError
+from semseg_automl.models.attention import pad_projected
+from semseg_automl.models.layers import window_partition, window_unpartition
 from semseg_automl.peft.lora import Lora, add_low_rank, check_rank
 
 Activation = Literal["gelu", "none"]
@@ -195,11 +197,40 @@ class ConvLoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(B, H, W, in)`` to ``(B, H, W, out)``; sets `aux_loss` and `chosen_expert`."""
         z = F.linear(x, self.lora_A)
+        return add_low_rank(self.base(x), z + self._mix(z), self.lora_B, self.scaling)
+
+    def project_padded(self, x: Tensor, window: int) -> Tensor:
+        """Map ``(B, H, W, in)``, filled up to whole windows with zeros, window by window; ``(B, H', W', out)``.
+
+        Only tokens of the grid go through the linear layer: the zeros that fill up the last windows leave its bias,
+        and zeros in the bottleneck.
+        """
+        windows, padded = window_partition(F.linear(x, self.lora_A), window)
+        mixed = window_unpartition(windows + self._mix(windows), window, padded, padded)
+        return add_low_rank(pad_projected(self.base, self.base(x), window), mixed, self.lora_B, self.scaling)
+
+    def on_sequence(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Map a sequence ``(B, P + H * W, in)`` to ``(B, P + H * W, out)``; sets `aux_loss` and `chosen_expert`.
+
+        The last H * W tokens are a `grid` ``(H, W)``, corrected as by `forward`. The P tokens in front (class token,
+        registers) have no place in it: their correction is plain LoRA's. The base layer sees the sequence whole, so
+        that it computes bit for bit what it does without this layer.
+        """
+        z = F.linear(x, self.lora_A)
+        prefix = x.shape[1] - grid[0] * grid[1]
+        maps = z[:, prefix:].unflatten(1, grid)
+        mixed = (maps + self._mix(maps)).flatten(1, 2)
+        if prefix:
+            mixed = torch.cat([z[:, :prefix].to(mixed.dtype), mixed], dim=1)
+        return add_low_rank(self.base(x), mixed, self.lora_B, self.scaling)
+
+    def _mix(self, z: Tensor) -> Tensor:
+        """Return what the chosen experts add to ``z (B, H, W, r)``."""
         expert, multiplier = self._route(z)
         convolved = self._convolve(z, expert)
         if multiplier is not None:
             convolved = convolved * multiplier.to(convolved.dtype)[:, None, None, None]
-        return add_low_rank(self.base(x), z + convolved, self.lora_B, self.scaling)
+        return convolved
 
     def _route(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
         """Choose an expert for each sample of ``z (B, H, W, r)``; top-1 noisy gating of Shazeer et al. 2017.
@@ -292,6 +323,7 @@ class ConvLora(Lora):
         activation: see `ConvLoraLinear`.
         interpolation: see `ConvLoraLinear`.
         gate: see `ConvLoraLinear`.
+        last_blocks: see `Lora`.
     """
 
     name: ClassVar[str] = "conv_lora"
@@ -305,8 +337,9 @@ class ConvLora(Lora):
         activation: Activation = "gelu",
         interpolation: Interpolation = "bicubic",
         gate: Gate = "balanced",
+        last_blocks: int | None = None,
     ) -> None:
-        super().__init__(rank=rank, alpha=alpha)
+        super().__init__(rank=rank, alpha=alpha, last_blocks=last_blocks)
         check_options(experts, activation, interpolation, gate)
         self.experts = experts
         self.activation: Activation = activation

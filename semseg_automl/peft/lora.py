@@ -62,6 +62,7 @@ class LoraLinear(nn.Module):
         super().__init__()
         check_rank(rank, base)
         self.base = base
+        self.in_features = base.in_features
         self.rank = rank
         self.scaling = alpha / rank
         weight = base.weight
@@ -81,22 +82,33 @@ class Lora(PeftMethod):
     Args:
         rank: width of the bottleneck.
         alpha: scale of the correction, divided by `rank`.
+        last_blocks: adapt only so many blocks, the last ones; None for all. What comes before them stays frozen, so its
+            features need computing only once per image.
     """
 
     name: ClassVar[str] = "lora"
 
-    def __init__(self, *, rank: int = 3, alpha: float = 32.0) -> None:
+    def __init__(self, *, rank: int = 3, alpha: float = 32.0, last_blocks: int | None = None) -> None:
         if rank < 1:
             raise ConfigError(f"optim.lora.rank is {rank}; allowed: 1 or more.")
         self.rank = rank
         self.alpha = alpha
+        self.last_blocks = last_blocks
 
     def wrap(self, base: nn.Linear) -> nn.Module:
         """Return the adapted layer that takes the place of `base`."""
         return LoraLinear(base, rank=self.rank, alpha=self.alpha)
 
     def apply(self, encoder: Encoder) -> None:
-        """Freeze the encoder and wrap each block's ``attn.qkv``."""
+        """Freeze the encoder and wrap each block's ``attn.qkv``.
+
+        Raises:
+            ConfigError: `last_blocks` is more than there are.
+        """
         freeze_pretrained(encoder)
-        for block in encoder.attention_blocks(self.name):
+        blocks = encoder.attention_blocks(self.name)
+        adapted = len(blocks) if self.last_blocks is None else self.last_blocks
+        if not 1 <= adapted <= len(blocks):
+            raise ConfigError(f"optim.lora.last_blocks is {adapted}; the encoder has {len(blocks)} blocks.")
+        for block in blocks[-adapted:]:
             block.attn.qkv = self.wrap(block.attn.qkv)

@@ -1,0 +1,231 @@
+"""Speed and memory of SAM's encoder beside others: ``python -m benchmarks.speed [--size 1024] [--mode eval step] ...``.
+
+Contenders take turns, each in a process of its own, so that a drift of the machine's speed hits all of them and peak
+memory is each one's own. Random weights, ViT-B by default, batch 1, random images; a step is forward and backward with
+the sum of the embeddings as loss. Run nothing else meanwhile. Medians over all rounds; ratios are to the first row.
+
+Contenders (mode eval): ``ours``, ``segment_anything``, ``transformers-sdpa``, ``transformers-eager``, ``timm-vit`` (a
+plain ViT of the same width without relative positions). In mode step those with ``+lora`` or ``+conv_lora`` train; ours
+also with ``+checkpointing``. Theirs get LoRA as it is usually written: ``W x + s B A x``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from semseg_automl.build import build_method
+from semseg_automl.models.sam import SAM_ENCODERS, SAM_SIZES
+from semseg_automl.third_party import make_torchvision_importable
+
+CONTENDERS = {
+    "eval": ["ours", "segment_anything", "transformers-sdpa", "transformers-eager"],
+    "step": [
+        "ours+lora",
+        "ours+conv_lora",
+        "ours+conv_lora+checkpointing",
+        "segment_anything+lora",
+        "transformers-sdpa+lora",
+        "transformers-eager+lora",
+    ],
+}
+GIB = 2**30
+
+
+class PlainLora(nn.Module):
+    """LoRA as it is usually written, for the others."""
+
+    def __init__(self, base: nn.Linear, rank: int = 3) -> None:
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(..., in)`` to ``(..., out)``."""
+        out: Tensor = self.base(x) + self.up(self.down(x)) * (32 / 3)
+        return out
+
+
+def build_ours(encoder: str, parts: set[str]) -> nn.Module:
+    """Build our encoder, adapted."""
+    sam = SAM_ENCODERS[encoder]()
+    sam.mark_pretrained()
+    for method in parts & {"lora", "conv_lora"}:
+        build_method(method, {}).apply(sam)
+    sam.checkpointing = "checkpointing" in parts
+    return sam
+
+
+def build_segment_anything(encoder: str) -> nn.Module:
+    """Build upstream's encoder."""
+    from semseg_automl.third_party import segment_anything
+
+    sam: nn.Module = segment_anything.sam_model_registry[encoder.removeprefix("sam_")]().image_encoder
+    return sam
+
+
+def build_transformers(encoder: str, attention: str, side: int) -> nn.Module:
+    """Build the encoder of ``transformers``; it takes only the size it is built for."""
+    make_torchvision_importable()
+    import transformers
+
+    size = SAM_SIZES[encoder]
+    config = transformers.SamVisionConfig(
+        hidden_size=size["embed_dim"],
+        num_hidden_layers=size["depth"],
+        num_attention_heads=size["num_heads"],
+        global_attn_indexes=list(size["global_blocks"]),
+        mlp_dim=4 * size["embed_dim"],
+        image_size=side,
+        attn_implementation=attention,
+    )
+    model: nn.Module = transformers.SamVisionModel(config)
+    return model
+
+
+def build_timm(encoder: str, side: int) -> nn.Module:
+    """Build timm's plain ViT of the same width and depth."""
+    from semseg_automl.third_party import timm
+
+    name = {"sam_vit_b": "vit_base", "sam_vit_l": "vit_large", "sam_vit_h": "vit_huge"}[encoder]
+    model: nn.Module = timm.create_model(f"{name}_patch16_224", num_classes=0, img_size=side, global_pool="")
+    return model
+
+
+def build(who: str, encoder: str, side: int) -> nn.Module:
+    """Build a contender, with LoRA if its name says so."""
+    name, *rest = who.split("+")
+    parts = set(rest)
+    if name == "ours":
+        return build_ours(encoder, parts)
+    if name == "segment_anything":
+        model = build_segment_anything(encoder)
+    elif name == "timm-vit":
+        model = build_timm(encoder, side)
+    else:
+        model = build_transformers(encoder, name.removeprefix("transformers-"), side)
+    if "lora" in parts:
+        model.requires_grad_(False)
+        for module in list(model.modules()):
+            if isinstance(getattr(module, "qkv", None), nn.Linear):
+                module.qkv = PlainLora(module.qkv)
+    return model
+
+
+def embeddings(output: Any) -> Tensor:
+    """Take the embeddings out of whatever a contender returns."""
+    return output if isinstance(output, Tensor) else output.last_hidden_state
+
+
+def work(who: str, mode: str, encoder: str, side: int, precision: str, device: str, repeats: int) -> dict[str, float]:
+    """Time one contender in this process."""
+    torch.manual_seed(0)
+    model = build(who, encoder, side).to(device)
+    images = torch.randn(1, 3, side, side, device=device)
+    run = runner(model.train(mode == "step"), images, mode, torch.bfloat16 if precision == "bf16" else None)
+    run()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(repeats):
+        synchronise(device)
+        start = time.perf_counter()
+        run()
+        synchronise(device)
+        times.append(time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    return {"seconds": statistics.median(times), "peak": peak / GIB}
+
+
+def runner(model: nn.Module, images: Tensor, mode: str, autocast: torch.dtype | None) -> Callable[[], None]:
+    """Return what is timed."""
+
+    def run() -> None:
+        with torch.autocast(images.device.type, dtype=autocast, enabled=autocast is not None):
+            if mode == "eval":
+                with torch.inference_mode():
+                    model(images)
+                return
+            loss = embeddings(model(images)).float().sum()
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    return run
+
+
+def synchronise(device: str) -> None:
+    """Wait for an accelerator."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def compare(options: argparse.Namespace, mode: str, side: int) -> None:
+    """Let the contenders take turns and print their table."""
+    names = [n for n in (options.who or CONTENDERS[mode]) if not (mode == "eval" and "+" in n)]
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for _ in range(options.rounds):
+        for name in names:
+            command = [sys.executable, "-m", "benchmarks.speed", "--worker", name, "--mode", mode, "--size", str(side)]
+            command += ["--encoder", options.encoder, "--precision", options.precision, "--device", options.device]
+            done = subprocess.run([*command, "--repeats", str(options.repeats)], capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{name}: {done.stderr[-2000:]}")
+            results[name].append(json.loads(done.stdout.splitlines()[-1]))
+    print(f"\n{options.encoder} {mode} at {side}, {options.precision}, {options.device}; {options.rounds} rounds")
+    print(f"{'':32} {'seconds':>8} {'spread':>15} {'ratio':>6} {'peak GiB':>9}")
+    first = statistics.median(r["seconds"] for r in results[names[0]])
+    for name, runs in results.items():
+        seconds = sorted(r["seconds"] for r in runs)
+        middle, peak = statistics.median(seconds), max(r["peak"] for r in runs)
+        spread = f"{seconds[0]:.2f} to {seconds[-1]:.2f}"
+        print(f"{name:32} {middle:8.2f} {spread:>15} {middle / first:6.2f} {peak:9.2f}", flush=True)
+
+
+def main() -> None:
+    """Compare, or time one contender as its own process."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--encoder", default="sam_vit_b", choices=list(SAM_ENCODERS))
+    parser.add_argument("--size", type=int, nargs="+", default=[1024])
+    parser.add_argument("--mode", nargs="+", default=["eval", "step"], choices=["eval", "step"])
+    parser.add_argument("--precision", default="float32", choices=["float32", "bf16"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=1, help="timed runs per process, after one that is not")
+    parser.add_argument("--who", nargs="+", help="contenders, instead of the mode's usual ones")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        print(
+            json.dumps(
+                work(
+                    options.worker,
+                    options.mode[0],
+                    options.encoder,
+                    options.size[0],
+                    options.precision,
+                    options.device,
+                    options.repeats,
+                )
+            )
+        )
+        return
+    for side in options.size:
+        for mode in options.mode:
+            compare(options, mode, side)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""What fits the machine: micro-batch, recomputed activations, cached features, number format, loader processes.
+
+Estimates, by rule; nothing is probed. None of these decisions changes which function is learned from how many images
+per step; `Plan` fixes that.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from semseg_automl.config import Config
+from semseg_automl.errors import ConfigError, UnsupportedCombination
+from semseg_automl.hardware import Hardware
+from semseg_automl.models.facts import EncoderFacts
+
+PATCH_AREA_BYTES = 4  # float32 activations; autocast keeps half of them so
+BLOCK_WIDTHS = 16
+"""Activations kept per token and block, in token widths: normalised and residual tokens, qkv, attention, the MLP's
+hidden layer. Measured with `python -m benchmarks.speed --memory`."""
+DECODER_BYTES_PER_PIXEL = 600
+"""Of a training step besides the encoder's blocks: image, embeddings, upscaled maps, loss."""
+MEMORY_SHARE = 0.5
+"""Of the machine's memory for activations; the rest is for weights, optimizer, data and the allocator."""
+CACHE_SHARE = 0.25
+"""Of the machine's memory for cached features, at most."""
+DISK_BYTES = 20 * 10**9
+"""Of cached features on disk, at most."""
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Decisions that the machine takes part in; names as in `Plan`."""
+
+    micro_batch_size: int
+    checkpointing: bool
+    feature_cache: str
+    cached_views: int
+    precision: str
+    num_workers: int
+
+
+def step_bytes(encoder: EncoderFacts, size: tuple[int, int], *, checkpointing: bool) -> int:
+    """Estimate the activations of a training step on one image of `size` pixels, in bytes."""
+    pixels = size[0] * size[1]
+    per_block = pixels / encoder.stride**2 * encoder.embed_dim * PATCH_AREA_BYTES
+    blocks = (encoder.depth + BLOCK_WIDTHS) if checkpointing else encoder.depth * BLOCK_WIDTHS
+    return round(pixels * DECODER_BYTES_PER_PIXEL + per_block * blocks)
+
+
+def fit_to_machine(
+    config: Config,
+    hardware: Hardware,
+    encoder: EncoderFacts,
+    *,
+    batch_size: int,
+    input_size: tuple[int, int],
+    rows: int,
+    frozen_prefix: bool,
+    reasons: dict[str, str],
+) -> Capacity:
+    """Decide what the machine decides, and note why in `reasons`.
+
+    Args:
+        config: what was asked.
+        hardware: the machine.
+        encoder: the encoder.
+        batch_size: images per optimizer step.
+        input_size: of the images, in pixels.
+        rows: training images.
+        frozen_prefix: whether the first trained block, if any, has frozen ones before it.
+        reasons: added to.
+
+    Raises:
+        ConfigError: the micro-batch does not divide the batch.
+        UnsupportedCombination: recomputing or caching is asked for where there is nothing to recompute or to cache.
+    """
+    micro, checkpointing = _micro_batch(config, hardware, encoder, batch_size, input_size, reasons)
+    cache, views = _feature_cache(config, hardware, encoder, input_size, rows, frozen_prefix, reasons)
+    precision = config.env.precision
+    reasons["precision"] = "as asked"
+    if precision == "auto":
+        precision = "bf16-mixed" if hardware.bf16 else "32-true"
+        reasons["precision"] = f"bfloat16 is {'fast' if hardware.bf16 else 'not fast'} on {hardware.name}"
+    if config.env.num_workers == "auto":
+        workers = 0 if hardware.device == "cpu" else min(8, hardware.cores // 2)
+        reasons["num_workers"] = "half the cores" if workers else "the processor trains"
+    else:
+        workers = config.env.num_workers
+        reasons["num_workers"] = "as asked"
+    return Capacity(micro, checkpointing, cache, views, precision, workers)
+
+
+def _micro_batch(
+    config: Config,
+    hardware: Hardware,
+    encoder: EncoderFacts,
+    batch_size: int,
+    input_size: tuple[int, int],
+    reasons: dict[str, str],
+) -> tuple[int, bool]:
+    """Choose images per forward pass, and whether activations are recomputed: only where not one image fits without."""
+    room = hardware.memory * MEMORY_SHARE
+    asked = config.env.checkpointing
+    if asked == "auto":
+        needed = step_bytes(encoder, input_size, checkpointing=False)
+        checkpointing = needed > room and encoder.depth > 0
+        relation = "more" if needed > room else "less"
+        reasons["checkpointing"] = f"an image needs about {needed / 2**30:.1f} GiB without, {relation} than there is"
+    else:
+        checkpointing = asked
+        reasons["checkpointing"] = "as asked"
+        if checkpointing and not encoder.depth:
+            raise UnsupportedCombination(
+                f"env.checkpointing is true, but {encoder.name} has no transformer blocks. Leave it out."
+            )
+    fits = max(1, int(room / step_bytes(encoder, input_size, checkpointing=checkpointing)))
+    if config.env.micro_batch_size == "auto":
+        micro = next(size for size in range(min(batch_size, fits), 0, -1) if batch_size % size == 0)
+        reasons["micro_batch_size"] = f"{hardware.memory / 2**30:.0f} GiB of memory"
+    else:
+        micro = config.env.micro_batch_size
+        reasons["micro_batch_size"] = "as asked"
+    if batch_size % micro:
+        raise ConfigError(f"env.micro_batch_size is {micro}; it must divide env.batch_size, {batch_size}.")
+    return micro, checkpointing
+
+
+def _feature_cache(
+    config: Config,
+    hardware: Hardware,
+    encoder: EncoderFacts,
+    input_size: tuple[int, int],
+    rows: int,
+    frozen_prefix: bool,
+    reasons: dict[str, str],
+) -> tuple[str, int]:
+    """Choose where features of the frozen blocks are kept, and how many augmented views of an image there are then."""
+    asked, views = config.env.feature_cache, config.data.cached_views
+    if not frozen_prefix:
+        if asked not in ("auto", "off"):
+            raise UnsupportedCombination(
+                f"env.feature_cache is '{asked}', but the first block trains already. Use optim.peft=decoder_only, "
+                "or optim.lora.last_blocks."
+            )
+        reasons["feature_cache"] = "the first block trains already"
+        return "off", 0
+    if asked != "auto":
+        reasons["feature_cache"] = "as asked"
+        return asked, 0 if asked == "off" else views
+    tokens = math.prod(input_size) / encoder.stride**2
+    needed = rows * views * tokens * encoder.embed_dim * 4
+    where = f"about {needed / 2**30:.1f} GiB for {views} views of each image"
+    for place, room in (("memory", hardware.memory * CACHE_SHARE), ("disk", DISK_BYTES)):
+        if needed <= room:
+            reasons["feature_cache"] = f"{where}; later epochs skip the frozen blocks"
+            return place, views
+    reasons["feature_cache"] = f"{where}, more than fits memory or disk"
+    return "off", views  # the same views as where they fit: the result does not depend on the machine

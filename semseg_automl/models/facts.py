@@ -1,0 +1,130 @@
+"""What a plan has to know of an encoder before it is built: shape, stride, and where its weights come from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from semseg_automl.errors import ConfigError, nearest
+from semseg_automl.models.checkpoints import read_checkpoint
+from semseg_automl.models.sam import SAM_ENCODERS, SAM_SIZES
+from semseg_automl.models.tiny_vit import plain_vit_shape
+
+Family = Literal["tiny_vit", "sam", "timm"]
+OFFICIAL = "official"
+"""Stands in a plan for the weights that the encoder's authors published, fetched when the network is built."""
+
+TIMM_PREFIX = "timm/"
+SCRATCH_ENCODER: dict[str, int | bool | list[int]] = {
+    "embed_dim": 192,
+    "depth": 4,
+    "num_heads": 3,
+    "patch_size": 16,
+    "conv_stem": True,
+    "window_size": 0,
+    "grid": 16,
+    "neck_taps": [1, 3],
+}
+
+
+@dataclass(frozen=True)
+class EncoderFacts:
+    """An encoder as a plan sees it.
+
+    Attributes:
+        name: of `ENCODERS`, or ``timm/<name>``.
+        family: which of our classes runs it.
+        options: its architecture, enough to rebuild it without the checkpoint.
+        stride: pixels per token and side.
+        embed_dim: width of the tokens.
+        depth: number of blocks; 0 for an encoder without.
+        checkpoint: file of its weights, `OFFICIAL`, or None for random ones.
+        why: where that follows from, in words.
+    """
+
+    name: str
+    family: Family
+    options: dict[str, int | bool | str | list[int]]
+    stride: int
+    embed_dim: int
+    depth: int
+    checkpoint: str | None
+    why: str
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether the weights are not random."""
+        return self.checkpoint is not None
+
+
+def encoder_facts(
+    name: str, *, checkpoint: str | None = None, pretrained: bool = True, accept_license: str | None = None
+) -> EncoderFacts:
+    """Look an encoder up. Reads a given checkpoint's shapes for ``tiny_vit``; downloads nothing.
+
+    Args:
+        name: ``tiny_vit``, a name of `SAM_ENCODERS`, or ``timm/<name>``.
+        checkpoint: file of pretrained weights, or None for the published ones where there are any.
+        pretrained: False asks for random weights.
+        accept_license: of published weights that are not free for every use.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is of another architecture.
+        ConfigError: the name is unknown, `checkpoint` and ``pretrained=False`` exclude each other, or a licence has to
+            be accepted first.
+    """
+    if checkpoint is not None and not pretrained:
+        raise ConfigError("model.checkpoint is set and model.pretrained is false. Leave one of them out.")
+    if name.startswith(TIMM_PREFIX):
+        return _timm_facts(name, checkpoint, pretrained, accept_license)
+    if accept_license is not None:
+        raise ConfigError(f"model.accept_license is set, but {name} needs none. Leave it out.")
+    if name in SAM_ENCODERS:
+        size = SAM_SIZES[name]
+        source = checkpoint or (OFFICIAL if pretrained else None)
+        why = {None: "random weights, as asked", OFFICIAL: "the published weights, fetched once"}
+        reason = why.get(source, "weights as asked")
+        return EncoderFacts(name, "sam", {}, 16, size["embed_dim"], size["depth"], source, reason)
+    if name == "tiny_vit":
+        return _tiny_vit_facts(checkpoint)
+    known = ["tiny_vit", *SAM_ENCODERS]
+    raise ConfigError(
+        f"unknown model.encoder '{name}'{nearest(name, known)}. Known: {', '.join(known)}, timm/<name of a timm model>."
+    )
+
+
+def _tiny_vit_facts(checkpoint: str | None) -> EncoderFacts:
+    if checkpoint is None:
+        shape = dict(SCRATCH_ENCODER)
+        why = "no checkpoint: a small encoder that trains from scratch in minutes"
+    else:
+        shape = {**plain_vit_shape(read_checkpoint(checkpoint), source=checkpoint), "window_size": 0}
+        depth = int(str(shape["depth"]))
+        shape["neck_taps"] = sorted({math.ceil(depth * k / 4) - 1 for k in (1, 2, 3, 4)})
+        why = "read off the checkpoint; attention is global, as it was pretrained"
+    stride, width, depth = (int(str(shape[key])) for key in ("patch_size", "embed_dim", "depth"))
+    return EncoderFacts("tiny_vit", "tiny_vit", dict(shape), stride, width, depth, checkpoint, why)
+
+
+def _timm_facts(name: str, checkpoint: str | None, pretrained: bool, accept_license: str | None) -> EncoderFacts:
+    from semseg_automl.models.timm_encoder import build_timm_encoder, check_license
+
+    model = name.removeprefix(TIMM_PREFIX)
+    with torch.device("meta"):
+        encoder = build_timm_encoder(model)
+    if checkpoint is None and pretrained:
+        check_license(model, accept_license)
+    source = checkpoint or (OFFICIAL if pretrained else None)
+    return EncoderFacts(
+        name,
+        "timm",
+        {},
+        encoder.stride,
+        encoder.embed_dim,
+        len(encoder.blocks),
+        source,
+        {None: "random weights, as asked", OFFICIAL: "timm's published weights"}.get(source, "weights as asked"),
+    )
