@@ -67,11 +67,20 @@ def build_ours(encoder: str, parts: set[str]) -> nn.Module:
     return sam
 
 
-def build_segment_anything(encoder: str) -> nn.Module:
-    """Build upstream's encoder."""
+def build_segment_anything(encoder: str, side: int) -> nn.Module:
+    """Build upstream's encoder; it takes only the size it is built for."""
     from semseg_automl.third_party import segment_anything
 
-    sam: nn.Module = segment_anything.sam_model_registry[encoder.removeprefix("sam_")]().image_encoder
+    size = SAM_SIZES[encoder]
+    sam: nn.Module = segment_anything.modeling.ImageEncoderViT(
+        img_size=side,
+        embed_dim=size["embed_dim"],
+        depth=size["depth"],
+        num_heads=size["num_heads"],
+        use_rel_pos=True,
+        global_attn_indexes=size["global_blocks"],
+        window_size=14,
+    )
     return sam
 
 
@@ -81,6 +90,7 @@ def build_transformers(encoder: str, attention: str, side: int) -> nn.Module:
     import transformers
 
     size = SAM_SIZES[encoder]
+    options: dict[str, Any] = {"attn_implementation": attention}
     config = transformers.SamVisionConfig(
         hidden_size=size["embed_dim"],
         num_hidden_layers=size["depth"],
@@ -88,7 +98,7 @@ def build_transformers(encoder: str, attention: str, side: int) -> nn.Module:
         global_attn_indexes=list(size["global_blocks"]),
         mlp_dim=4 * size["embed_dim"],
         image_size=side,
-        attn_implementation=attention,
+        **options,
     )
     model: nn.Module = transformers.SamVisionModel(config)
     return model
@@ -110,7 +120,7 @@ def build(who: str, encoder: str, side: int) -> nn.Module:
     if name == "ours":
         return build_ours(encoder, parts)
     if name == "segment_anything":
-        model = build_segment_anything(encoder)
+        model = build_segment_anything(encoder, side)
     elif name == "timm-vit":
         model = build_timm(encoder, side)
     else:
@@ -118,8 +128,9 @@ def build(who: str, encoder: str, side: int) -> nn.Module:
     if "lora" in parts:
         model.requires_grad_(False)
         for module in list(model.modules()):
-            if isinstance(getattr(module, "qkv", None), nn.Linear):
-                module.qkv = PlainLora(module.qkv)
+            qkv = getattr(module, "qkv", None)
+            if isinstance(qkv, nn.Linear):
+                module.qkv = PlainLora(qkv)
     return model
 
 
@@ -208,19 +219,11 @@ def main() -> None:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        print(
-            json.dumps(
-                work(
-                    options.worker,
-                    options.mode[0],
-                    options.encoder,
-                    options.size[0],
-                    options.precision,
-                    options.device,
-                    options.repeats,
-                )
-            )
+        mode, side = options.mode[0], options.size[0]
+        figures = work(
+            options.worker, mode, options.encoder, side, options.precision, options.device, options.repeats
         )
+        print(json.dumps(figures))
         return
     for side in options.size:
         for mode in options.mode:

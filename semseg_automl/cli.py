@@ -118,7 +118,7 @@ def demo(
     hyperparameters = _settings(settings)
     if checkpoint is not None:
         hyperparameters["model.checkpoint"] = str(checkpoint)
-    limit = time_limit if time_limit is not None else (90.0 if data is None else 240.0)
+    limit = time_limit if time_limit is not None else (90.0 if data is None else 600.0)
     run_demo(data, out=out, time_limit=limit, hyperparameters=hyperparameters, seed=seed)
 
 

@@ -108,6 +108,8 @@ def test_project_padded__any_layer__equals_projecting_padded_windows(kind: str, 
         torch.testing.assert_close(found, right, rtol=0, atol=1e-10)
 
 
+# torch's tracer instantiates autograd functions, which torch itself warns about.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("window", [0, 3])
 def test_relative_attention_module__compiled__has_no_graph_break(window: int) -> None:
     table = [nn.Parameter(torch.randn(2 * (window or 4) - 1, 4)) for _ in range(2)]

@@ -27,7 +27,9 @@ MULTICLASS = SegmentationTask("multiclass", values=(0, 1, 5), class_names=("sky"
 STATS = DataStats(rows=40, sizes=((480, 640),) * 40)
 VIT: dict[str, Any] = {"embed_dim": 64, "depth": 4, "num_heads": 1, "patch_size": 8, "grid": 4}
 SCRATCH = encoder_facts("tiny_vit")
-PRETRAINED = EncoderFacts("tiny_vit", "tiny_vit", VIT | {"neck_taps": [1, 3]}, 8, 64, 4, "absent/vit.safetensors", "a file")
+PRETRAINED = EncoderFacts(
+    "tiny_vit", "tiny_vit", VIT | {"neck_taps": [1, 3]}, 8, 64, 4, "absent/vit.safetensors", "a file"
+)
 
 
 def plan_of(
@@ -281,7 +283,8 @@ def test_make_plan__sam__follows_the_paper() -> None:
     assert (plan.encoder, plan.checkpoint, plan.input_size) == ("sam_vit_b", "official", (1024, 1024))
     assert (plan.peft, plan.peft_options["rank"], plan.peft_options["alpha"]) == ("conv_lora", 3, 32.0)
     assert (plan.lr, plan.batch_size) == (1e-4, 4)
-    assert plan.decoder_options == {"dim": 256, "mlp_dim": 2048, "detail": False, "num_mask_tokens": 1, "num_classes": None}
+    head = {"num_mask_tokens": 1, "num_classes": None}
+    assert plan.decoder_options == {"dim": 256, "mlp_dim": 2048, "detail": False, **head}
     with pytest.raises(UnsupportedCombination, match="256 wide"):
         plan_of({"model.decoder_dim": 128}, encoder=encoder_facts("sam_vit_b"))
 

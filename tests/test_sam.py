@@ -84,7 +84,8 @@ def test_sam__native_size__equals_segment_anything_encoder_and_decoder(grid: int
         torch.testing.assert_close(model(images).mask_logits, mask, rtol=0, atol=1e-5 * mask.abs().max().item())
 
 
-def test_sam__gradients__equal_segment_anything(grid: int = 16) -> None:
+def test_sam__gradients__equal_segment_anything() -> None:
+    grid = 16
     sam = upstream(grid).double()
     encoder = ours_from(sam, grid).encoder.double()
     images = torch.randn(1, 3, 16 * grid, 16 * grid, dtype=torch.float64)
