@@ -25,7 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from semseg_automl.build import build_method
+from semseg_automl.models.mask_decoder import MaskDecoder
 from semseg_automl.models.sam import SAM_ENCODERS, SAM_SIZES
+from semseg_automl.models.segmentation_model import SegmentationModel
 from semseg_automl.third_party import make_torchvision_importable
 
 CONTENDERS = {
@@ -205,6 +207,36 @@ def compare(options: argparse.Namespace, mode: str, side: int) -> None:
         print(f"{name:32} {middle:8.2f} {spread:>15} {middle / first:6.2f} {peak:9.2f}", flush=True)
 
 
+def parity(encoder: str, side: int, batch: int = 2) -> None:
+    """Print how far our embeddings and masks are from segment_anything's, on the same random weights and images."""
+    from semseg_automl.third_party import segment_anything
+
+    torch.manual_seed(0)
+    upstream = segment_anything.sam_model_registry[encoder.removeprefix("sam_")]().eval()
+    # One mask token, as our decoder has: tokens see each other.
+    transformer = segment_anything.modeling.TwoWayTransformer(depth=2, embedding_dim=256, mlp_dim=2048, num_heads=8)
+    upstream.mask_decoder = segment_anything.modeling.MaskDecoder(
+        transformer_dim=256, transformer=transformer, num_multimask_outputs=0
+    )
+    for name, parameter in upstream.named_parameters():
+        if "rel_pos" in name or name.endswith("pos_embed"):
+            nn.init.normal_(parameter, std=0.1)  # upstream leaves zeros
+    model = SegmentationModel(SAM_ENCODERS[encoder](), MaskDecoder(256, mlp_dim=2048)).eval()
+    state = upstream.state_dict()
+    model.encoder.load_pretrained(state, source="upstream")
+    model.mask_decoder.load_sam(state, source="upstream")
+    images = 255 * torch.rand(batch, 3, side, side)
+    with torch.inference_mode():
+        theirs = upstream.image_encoder((images - upstream.pixel_mean) / upstream.pixel_std)
+        ours = model.encoder(model.normalise(images))
+        print(f"{encoder} at {side}, batch {batch}: embeddings differ by {(ours - theirs).abs().max():.1e}", end=", ")
+        dense = upstream.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1).expand_as(theirs[:1])
+        position, sparse = upstream.prompt_encoder.get_dense_pe(), torch.zeros(1, 0, 256)
+        masks = torch.cat([upstream.mask_decoder.predict_masks(e[None], position, sparse, dense)[0] for e in theirs])
+        difference = (model.mask_decoder(ours, images).mask_logits - masks).abs().max()
+        print(f"of size {theirs.abs().max():.1f}; mask logits by {difference:.1e}, of size {masks.abs().max():.1e}")
+
+
 def main() -> None:
     """Compare, or time one contender as its own process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -216,8 +248,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=1, help="timed runs per process, after one that is not")
     parser.add_argument("--who", nargs="+", help="contenders, instead of the mode's usual ones")
+    parser.add_argument("--parity", action="store_true", help="compare values with segment_anything instead of times")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.parity:
+        parity(options.encoder, options.size[0])
+        return
     if options.worker:
         mode, side = options.mode[0], options.size[0]
         figures = work(

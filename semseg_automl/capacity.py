@@ -17,7 +17,10 @@ from semseg_automl.models.facts import EncoderFacts
 PATCH_AREA_BYTES = 4  # float32 activations; autocast keeps half of them so
 BLOCK_WIDTHS = 16
 """Activations kept per token and block, in token widths: normalised and residual tokens, qkv, attention, the MLP's
-hidden layer. Measured with `python -m benchmarks.speed --memory`."""
+hidden layer. ``python -m benchmarks.speed``: 2.5 GiB for the 12 blocks of ViT-B at 1024 px, above 0.8 before."""
+RECOMPUTED_WIDTHS = 64
+"""The same where they are recomputed, for the one block at hand with its gradients, beside one width per block: 1.1
+GiB in that benchmark."""
 DECODER_BYTES_PER_PIXEL = 600
 """Of a training step besides the encoder's blocks: image, embeddings, upscaled maps, loss."""
 MEMORY_SHARE = 0.5
@@ -44,7 +47,7 @@ def step_bytes(encoder: EncoderFacts, size: tuple[int, int], *, checkpointing: b
     """Estimate the activations of a training step on one image of `size` pixels, in bytes."""
     pixels = size[0] * size[1]
     per_block = pixels / encoder.stride**2 * encoder.embed_dim * PATCH_AREA_BYTES
-    blocks = (encoder.depth + BLOCK_WIDTHS) if checkpointing else encoder.depth * BLOCK_WIDTHS
+    blocks = (encoder.depth + RECOMPUTED_WIDTHS) if checkpointing else encoder.depth * BLOCK_WIDTHS
     return round(pixels * DECODER_BYTES_PER_PIXEL + per_block * blocks)
 
 
@@ -149,9 +152,9 @@ def _feature_cache(
         reasons["feature_cache"] = "as asked"
         return asked, 0 if asked == "off" else views
     tokens = math.prod(input_size) / encoder.stride**2
-    needed = rows * views * tokens * encoder.embed_dim * 4
+    needed = rows * views * tokens * encoder.embed_dim * 4 * encoder.taps
     where = f"about {needed / 2**30:.1f} GiB for {views} views of each image"
-    for place, room in (("memory", hardware.memory * CACHE_SHARE), ("disk", DISK_BYTES)):
+    for place, room in (("memory", hardware.host_memory * CACHE_SHARE), ("disk", DISK_BYTES)):
         if needed <= room:
             reasons["feature_cache"] = f"{where}; later epochs skip the frozen blocks"
             return place, views

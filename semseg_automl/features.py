@@ -177,7 +177,7 @@ def feature_caches(
     on_disk = plan.feature_cache == "disk"
     if on_disk and folder is None:
         raise ConfigError("the plan's feature_cache is 'disk', but no folder was given. Pass train(cache_folder=...).")
-    budget = DISK_BYTES if on_disk else int(detect_hardware().memory * CACHE_SHARE)
+    budget = DISK_BYTES if on_disk else int(detect_hardware().host_memory * CACHE_SHARE)
     items = {"train": plan.cached_views * len(data.train), "validation": len(data.validation)}
     scratch = folder if on_disk else None
     try:

@@ -24,6 +24,7 @@ class Hardware:
         memory: bytes the network may use in all: of the accelerator, or of RAM under any cgroup limit.
         cores: processor cores this process may use.
         bf16: whether matrix products in bfloat16 are faster than in float32 here.
+        ram: bytes of RAM where `memory` is an accelerator's; None where they are the same.
     """
 
     device: Device
@@ -31,6 +32,12 @@ class Hardware:
     memory: int
     cores: int
     bf16: bool
+    ram: int | None = None
+
+    @property
+    def host_memory(self) -> int:
+        """Bytes of RAM that this process may use."""
+        return self.memory if self.ram is None else self.ram
 
 
 def detect_hardware() -> Hardware:
@@ -38,7 +45,8 @@ def detect_hardware() -> Hardware:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        return Hardware("cuda", properties.name, properties.total_memory, cores, torch.cuda.is_bf16_supported())
+        bf16 = torch.cuda.is_bf16_supported()
+        return Hardware("cuda", properties.name, properties.total_memory, cores, bf16, ram=_ram())
     if torch.backends.mps.is_available():
         return Hardware("mps", "Apple GPU", _ram(), cores, bf16=False)
     # Without these instructions oneDNN emulates bfloat16, slower than float32.

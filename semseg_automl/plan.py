@@ -147,7 +147,11 @@ def make_plan(
         frozen_prefix=peft == "decoder_only" or "last_blocks" in peft_options,
         reasons=reasons,
     )
-    lr, why = (1e-4, "as the paper has it") if encoder.family == "sam" else (1e-3, "measured: benchmarks/RESULTS.md")
+    lr, why = 1e-3, "measured on small data: benchmarks/RESULTS.md"
+    if encoder.family == "sam":
+        lr, why = 1e-4, "as the paper has it"
+    elif encoder.pretrained and peft == "full":
+        lr, why = 1e-4, "small steps keep what pretraining taught"
     return Plan(
         encoder=encoder.name,
         encoder_options=encoder.options,
@@ -197,6 +201,11 @@ def _input_size(
 ) -> tuple[int, int]:
     """SAM's own size for SAM; else about `AUTO_AREA` pixels at the median aspect ratio, never above the images' own."""
     asked, stride = config.model.input_size, encoder.stride
+    if encoder.fixed_size is not None:
+        if asked not in ("auto", list(encoder.fixed_size), encoder.fixed_size):
+            raise ConfigError(f"model.input_size is {asked}; {encoder.name} takes {encoder.fixed_size} alone.")
+        reasons["input_size"] = f"the only one that {encoder.name} takes"
+        return encoder.fixed_size
     if asked == "auto" and encoder.family == "sam":
         reasons["input_size"] = "what SAM was trained at; smaller is faster: model.input_size"
         return SAM_SIDE, SAM_SIDE

@@ -159,6 +159,32 @@ def test_sam__checkpointing__changes_no_gradient(method: str) -> None:
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-6)
 
 
+# torch's tracer instantiates autograd functions, which torch itself warns about.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("method", ["lora", "conv_lora"])
+def test_sam__compiled__has_no_graph_break_and_the_same_gradients(method: str) -> None:
+    encoder = SamViT(grid=4, **SMALL).eval()  # without noise in the gate
+    fill(encoder)
+    build_method(method, {}).apply(encoder)
+    compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")
+    images = torch.randn(1, 3, 64, 80)
+    parameters = [p for name, p in encoder.named_parameters() if name.endswith("lora_B")]
+    expected, got = encoder(images), compiled(images)
+    torch.testing.assert_close(got, expected)
+    wanted = torch.autograd.grad(expected.square().sum(), parameters)
+    for found, right in zip(torch.autograd.grad(got.square().sum(), parameters), wanted, strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
+
+
+def test_sam__exported__holds_only_torch_s_own_operators() -> None:
+    encoder = SamViT(grid=4, **SMALL).eval()
+    fill(encoder)
+    images = torch.randn(1, 3, 64, 64)
+    exported = torch.export.export(encoder, (images,))
+    assert "semseg_automl" not in "".join(str(node.target) for node in exported.graph.nodes)
+    torch.testing.assert_close(exported.module()(images), encoder(images), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("method", "encoder", "expected"),
     [

@@ -16,6 +16,7 @@ from semseg_automl.build import build_method
 from semseg_automl.errors import CheckpointError, ConfigError, UnsupportedCombination
 from semseg_automl.models.checkpoints import read_checkpoint
 from semseg_automl.models.encoder import Encoder, auxiliary_loss
+from semseg_automl.models.facts import encoder_facts
 from semseg_automl.models.timm_encoder import (
     TimmViT,
     build_timm_encoder,
@@ -356,7 +357,8 @@ def test_check_license__weights_not_free_for_every_use__must_be_accepted_by_name
         check_license(name, "mit")
     check_license(name, licence)
     with pytest.raises(ConfigError, match=licence):
-        build_timm_encoder(name, pretrained=True)
+        encoder_facts(f"timm/{name}")
+    assert not encoder_facts(f"timm/{name}", pretrained=False).pretrained
 
 
 def test_check_license__free_weights__need_no_word() -> None:
@@ -375,7 +377,7 @@ def test_fetch_timm_weights__without_a_network__says_what_to_set(
 
     monkeypatch.setattr(timm.models._builder, "load_state_dict_from_hf", offline)
     with pytest.raises(CheckpointError, match=r"model.checkpoint=<file.*model.pretrained=false"):
-        build_timm_encoder("deit_tiny_patch16_224", pretrained=True)
+        fetch_timm_weights("deit_tiny_patch16_224")
 
 
 def test_fetch_timm_weights__error_of_the_transport__is_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,7 +394,8 @@ def test_fetch_timm_weights__error_of_the_transport__is_wrapped(monkeypatch: pyt
 def test_fetch_timm_weights__published_ones__fill_the_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     published = timm.create_model("resnet18").state_dict()
     monkeypatch.setattr(timm.models._builder, "load_state_dict_from_hf", lambda *args, **options: dict(published))
-    encoder = build_timm_encoder("resnet18", pretrained=True)
+    encoder = build_timm_encoder("resnet18")
+    encoder.load_pretrained(fetch_timm_weights("resnet18"), source="published")
     assert torch.equal(encoder.state_dict()["body.conv1.weight"], published["conv1.weight"])
     assert all(name.startswith("neck.") for name in encoder.fresh_parameter_names)
 

@@ -50,7 +50,7 @@ def relative_attention(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: 
     Returns:
         ``(S, N, d)``.
     """
-    if q.device.type == "cpu":
+    if q.device.type == "cpu" and not torch.compiler.is_exporting():  # ONNX has no operator of ours
         attended: Tensor = _chunked_attention(q, k, v, bias_h, bias_w)
         return attended
     return augmented_attention(q, k, v, bias_h, bias_w)

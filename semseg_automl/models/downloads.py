@@ -57,7 +57,7 @@ class OfficialCheckpoint:
     size: int | None
 
 
-def _official(name: str, sha256: str, size: int) -> OfficialCheckpoint:
+def _official(name: str, sha256: str, size: int | None) -> OfficialCheckpoint:
     return OfficialCheckpoint(name, f"https://dl.fbaipublicfiles.com/segment_anything/{name}", sha256, size)
 
 
@@ -65,8 +65,8 @@ OFFICIAL: dict[str, OfficialCheckpoint] = {
     "sam_vit_b": _official(
         "sam_vit_b_01ec64.pth", "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912", 375_042_383
     ),
-    "sam_vit_l": _official(
-        "sam_vit_l_0b3195.pth", "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622", 1_249_524_607
+    "sam_vit_l": _official(  # public sources differ by 129 bytes in its size; the hash decides
+        "sam_vit_l_0b3195.pth", "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622", None
     ),
     "sam_vit_h": _official(
         "sam_vit_h_4b8939.pth", "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e", 2_564_550_879

@@ -41,6 +41,8 @@ class EncoderFacts:
         stride: pixels per token and side.
         embed_dim: width of the tokens.
         depth: number of blocks; 0 for an encoder without.
+        taps: token grids that its neck reads.
+        fixed_size: ``(height, width)`` that its input must have, None for any.
         checkpoint: file of its weights, `OFFICIAL`, or None for random ones.
         why: where that follows from, in words.
     """
@@ -53,6 +55,8 @@ class EncoderFacts:
     depth: int
     checkpoint: str | None
     why: str
+    taps: int = 1
+    fixed_size: tuple[int, int] | None = None
 
     @property
     def pretrained(self) -> bool:
@@ -106,7 +110,9 @@ def _tiny_vit_facts(checkpoint: str | None) -> EncoderFacts:
         shape["neck_taps"] = sorted({math.ceil(depth * k / 4) - 1 for k in (1, 2, 3, 4)})
         why = "read off the checkpoint; attention is global, as it was pretrained"
     stride, width, depth = (int(str(shape[key])) for key in ("patch_size", "embed_dim", "depth"))
-    return EncoderFacts("tiny_vit", "tiny_vit", dict(shape), stride, width, depth, checkpoint, why)
+    taps = shape["neck_taps"]
+    grids = len(taps) if isinstance(taps, list) else 1
+    return EncoderFacts("tiny_vit", "tiny_vit", dict(shape), stride, width, depth, checkpoint, why, grids)
 
 
 def _timm_facts(name: str, checkpoint: str | None, pretrained: bool, accept_license: str | None) -> EncoderFacts:
@@ -127,4 +133,6 @@ def _timm_facts(name: str, checkpoint: str | None, pretrained: bool, accept_lice
         len(encoder.blocks),
         source,
         {None: "random weights, as asked", OFFICIAL: "timm's published weights"}.get(source, "weights as asked"),
+        taps=len(getattr(encoder, "neck_taps", ())) or 1,
+        fixed_size=getattr(encoder, "fixed_size", None),
     )

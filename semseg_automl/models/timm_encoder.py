@@ -46,32 +46,22 @@ CONVERSION_ERRORS = (*(RuntimeError, ValueError, LookupError, TypeError), *(Attr
 """What timm's converters fail with on tensors that they do not expect; they check little by themselves."""
 
 
-def build_timm_encoder(
-    name: str, *, pretrained: bool = False, accept_license: str | None = None, **options: Any
-) -> Encoder:
-    """Build an encoder from the name of a timm model.
+def build_timm_encoder(name: str, **options: Any) -> Encoder:
+    """Build an encoder with random weights from the name of a timm model.
 
     Args:
         name: as in ``timm.list_models()``, with or without the tag of its weights.
-        pretrained: fetch timm's published weights; random ones otherwise.
-        accept_license: licence of these weights, where it is none of `FREE_LICENSES`.
         options: of `TimmViT` or `TimmPyramid`, and those that timm's own constructor takes.
 
     Raises:
-        CheckpointError: the weights cannot be fetched.
-        ConfigError: the name or an option is unknown, or the licence has to be accepted first.
+        ConfigError: the name or an option is unknown.
         UnsupportedCombination: the model gives no features that an encoder could use.
     """
     from semseg_automl.third_party import timm
 
     _pretrained_config(name)
-    if pretrained:
-        check_license(name, accept_license)
     is_vit = timm.models.is_model_in_modules(name, VIT_MODULES)
-    encoder: Encoder = TimmViT(name, **options) if is_vit else TimmPyramid(name, **options)
-    if pretrained:
-        encoder.load_pretrained(fetch_timm_weights(name), source=name)
-    return encoder
+    return TimmViT(name, **options) if is_vit else TimmPyramid(name, **options)
 
 
 def check_license(name: str, accept_license: str | None) -> None:
