@@ -147,11 +147,6 @@ def make_plan(
         frozen_prefix=peft == "decoder_only" or "last_blocks" in peft_options,
         reasons=reasons,
     )
-    lr, why = 1e-3, "measured on small data: benchmarks/RESULTS.md"
-    if encoder.family == "sam":
-        lr, why = 1e-4, "as the paper has it"
-    elif encoder.pretrained and peft == "full":
-        lr, why = 1e-4, "small steps keep what pretraining taught"
     return Plan(
         encoder=encoder.name,
         encoder_options=encoder.options,
@@ -161,7 +156,7 @@ def make_plan(
         peft=peft,
         peft_options=peft_options,
         loss=loss,
-        lr=_resolve(config.optim.lr, lr, "lr", why, reasons),
+        lr=_learning_rate(config, encoder, peft, reasons),
         weight_decay=config.optim.weight_decay,
         warmup=config.optim.warmup,
         schedule=config.optim.schedule,
@@ -341,6 +336,16 @@ def _budget(
         return batch_size, views, max(10, round(AUTO_STEPS * batch_size / (stats.rows * views)))
     reasons["max_epochs"] = "as asked"
     return batch_size, views, config.optim.max_epochs
+
+
+def _learning_rate(config: Config, encoder: EncoderFacts, peft: str, reasons: dict[str, str]) -> float:
+    auto, why = 1e-3, "measured on small data: benchmarks/RESULTS.md"
+    if encoder.family == "sam":
+        auto, why = 1e-4, "as the paper has it"
+    elif encoder.pretrained and peft == "full":
+        auto, why = 1e-4, "small steps keep what pretraining taught"
+    lr: float = _resolve(config.optim.lr, auto, "lr", why, reasons)
+    return lr
 
 
 def _patience(config: Config, time_limit: float | None, reasons: dict[str, str]) -> int:
