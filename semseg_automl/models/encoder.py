@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from semseg_automl.errors import UnsupportedCombination
+from semseg_automl.errors import ConfigError, UnsupportedCombination
 
 EncoderState = tuple[Tensor, ...]
 """What an encoder has computed up to a stage: the tapped token grids so far and, before the last block, the tokens."""
@@ -179,6 +181,22 @@ class TokenEncoder(Encoder):
         else:
             tokens = self.blocks[index](tokens)
         return tokens if self.side is None else self.side(index, tokens)
+
+
+def choose_taps(asked: Sequence[int] | None, depth: int) -> tuple[int, ...]:
+    """Return the blocks that a neck reads: those asked for, or for None the last one of each quarter of the depth.
+
+    Raises:
+        ConfigError: what is asked for is no block, comes twice, or leaves the last block out.
+    """
+    if asked is None:
+        return tuple(sorted({math.ceil(depth * quarter / 4) - 1 for quarter in (1, 2, 3, 4)}))
+    taps = sorted({tap % depth for tap in asked if -depth <= tap < depth})
+    if len(taps) != len(asked) or not taps or taps[-1] != depth - 1:
+        raise ConfigError(
+            f"neck_taps is {tuple(asked)}; allowed: some of 0 to {depth - 1}, each once, {depth - 1} among them."
+        )
+    return tuple(taps)
 
 
 def auxiliary_loss(module: nn.Module) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +9,7 @@ import torch
 
 from semseg_automl.errors import ConfigError, nearest
 from semseg_automl.models.checkpoints import read_checkpoint
+from semseg_automl.models.encoder import choose_taps
 from semseg_automl.models.sam import SAM_ENCODERS, SAM_SIZES
 from semseg_automl.models.tiny_vit import plain_vit_shape
 
@@ -106,8 +106,7 @@ def _tiny_vit_facts(checkpoint: str | None) -> EncoderFacts:
         why = "no checkpoint: a small encoder that trains from scratch in minutes"
     else:
         shape = {**plain_vit_shape(read_checkpoint(checkpoint), source=checkpoint), "window_size": 0}
-        depth = int(str(shape["depth"]))
-        shape["neck_taps"] = sorted({math.ceil(depth * k / 4) - 1 for k in (1, 2, 3, 4)})
+        shape["neck_taps"] = list(choose_taps(None, int(str(shape["depth"]))))
         why = "read off the checkpoint; attention is global, as it was pretrained"
     stride, width, depth = (int(str(shape[key])) for key in ("patch_size", "embed_dim", "depth"))
     taps = shape["neck_taps"]

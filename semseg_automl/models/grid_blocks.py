@@ -7,14 +7,11 @@ does: a wrapper of the block, and a projection in the place of its ``attn.qkv``.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-
-from semseg_automl.errors import ConfigError
 
 
 class GridProjection(nn.Module):
@@ -97,19 +94,3 @@ class AttentionSeam:
     """
 
     attn: GridProjection
-
-
-def choose_taps(asked: Sequence[int] | None, depth: int) -> tuple[int, ...]:
-    """Return the blocks that a neck reads: those asked for, or for None the last one of each quarter of the depth.
-
-    Raises:
-        ConfigError: what is asked for is no block, comes twice, or leaves the last block out.
-    """
-    if asked is None:
-        return tuple(sorted({math.ceil(depth * quarter / 4) - 1 for quarter in (1, 2, 3, 4)}))
-    taps = sorted({tap % depth for tap in asked if -depth <= tap < depth})
-    if len(taps) != len(asked) or not taps or taps[-1] != depth - 1:
-        raise ConfigError(
-            f"neck_taps is {tuple(asked)}; allowed: some of 0 to {depth - 1}, each once, {depth - 1} among them."
-        )
-    return tuple(taps)

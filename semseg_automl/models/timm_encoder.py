@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from semseg_automl.errors import CheckpointError, ConfigError, UnsupportedCombination, nearest
-from semseg_automl.models.encoder import Encoder, EncoderState, TokenEncoder
-from semseg_automl.models.grid_blocks import AttentionSeam, GridBlock, choose_taps
+from semseg_automl.models.encoder import Encoder, EncoderState, TokenEncoder, choose_taps
+from semseg_automl.models.grid_blocks import AttentionSeam, GridBlock
 from semseg_automl.models.pyramid import FeaturePyramid, freeze_statistics
 from semseg_automl.models.tiny_vit import MultiBlockNeck
 

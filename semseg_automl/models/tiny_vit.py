@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from semseg_automl.errors import CheckpointError, ConfigError
-from semseg_automl.models.encoder import TokenEncoder
+from semseg_automl.models.encoder import TokenEncoder, choose_taps
 from semseg_automl.models.layers import (
     LayerNorm2d,
     attend,
@@ -193,21 +193,16 @@ class TinyViT(TokenEncoder):
             raise ConfigError(f"embed_dim is {embed_dim} and num_heads {num_heads}; the heads must divide the width.")
         if conv_stem and patch_size & (patch_size - 1):
             raise ConfigError(f"patch_size is {patch_size}; with a convolution stem it must be a power of two.")
-        taps = sorted({tap % depth for tap in neck_taps if -depth <= tap < depth})
-        if len(taps) != len(neck_taps) or not taps or taps[-1] != depth - 1:
-            raise ConfigError(
-                f"neck_taps is {tuple(neck_taps)}; allowed: some of 0 to {depth - 1}, each once, the last among them."
-            )
         self.stride = patch_size
         self.embed_dim = embed_dim
         self.out_channels = out_channels
-        self.neck_taps = tuple(taps)
+        self.neck_taps = choose_taps(neck_taps, depth)
         self.patch_embed = (ConvStem if conv_stem else PatchEmbed)(embed_dim, patch_size)
         self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, embed_dim))
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, window_size=0 if i in global_blocks else window_size) for i in range(depth)
         )
-        self.neck = MultiBlockNeck(embed_dim, out_channels, len(taps))
+        self.neck = MultiBlockNeck(embed_dim, out_channels, len(self.neck_taps))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for module in self.blocks.modules():
             if isinstance(module, nn.Linear):
