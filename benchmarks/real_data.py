@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from semseg_automl import SemanticSegmentor
+from semseg_automl.callbacks import TrainingResult
 from semseg_automl.data.table import check_rows, read_table
 from semseg_automl.evaluation import score_table
 from semseg_automl.inference import Predictor
@@ -29,7 +30,7 @@ from semseg_automl.models.mask_decoder import SegmentationOutput
 from semseg_automl.models.segmentation_model import SegmentationModel
 from semseg_automl.models.tiny_vit import IMAGENET_MEAN, IMAGENET_STD
 from semseg_automl.third_party import make_torchvision_importable
-from semseg_automl.training import TrainingResult, data_module, train
+from semseg_automl.training import data_module, train
 
 FIELDS = ("cell", "seconds", "fit_seconds", "steps", "best_validation", "metric", "value")
 

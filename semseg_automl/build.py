@@ -6,6 +6,7 @@ Here plain values leave the plan; the networks themselves know nothing of it.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from semseg_automl.models.mask_decoder import MaskDecoder
 from semseg_automl.models.sam import SamViT
 from semseg_automl.models.sam_names import to_sam_names
 from semseg_automl.models.segmentation_model import SegmentationModel
-from semseg_automl.peft import METHODS
+from semseg_automl.peft import METHODS, PeftMethod
 from semseg_automl.plan import Plan
 
 
@@ -44,7 +45,11 @@ def build_model(plan: Plan, *, pretrained: bool = True) -> SegmentationModel:
             _load(plan, encoder, decoder)
         else:
             encoder.mark_pretrained()
-    build_method(plan.peft, plan.peft_options).apply(encoder)
+    method = build_method(plan.peft, plan.peft_options)
+    method.apply(encoder)
+    method.apply_to_decoder(decoder, pretrained=plan.checkpoint is not None and isinstance(encoder, SamViT))
+    if plan.merged:
+        method.merge(encoder)
     return SegmentationModel(encoder, decoder)
 
 
@@ -75,7 +80,7 @@ def _load(plan: Plan, encoder: Encoder, decoder: MaskDecoder) -> None:
     encoder.load_pretrained(state, source=source)
 
 
-def build_method(name: str, options: dict[str, Any]) -> Any:
+def build_method(name: str, options: Mapping[str, Any]) -> PeftMethod:
     """Build a fine-tuning method by name, its options checked.
 
     Raises:

@@ -60,6 +60,7 @@ def fit_to_machine(
     input_size: tuple[int, int],
     rows: int,
     frozen_prefix: bool,
+    grids_read: int,
     reasons: dict[str, str],
 ) -> Capacity:
     """Decide what the machine decides, and note why in `reasons`.
@@ -72,6 +73,7 @@ def fit_to_machine(
         input_size: of the images, in pixels.
         rows: training images.
         frozen_prefix: whether the first trained block, if any, has frozen ones before it.
+        grids_read: token grids that what follows the frozen blocks reads.
         reasons: added to.
 
     Raises:
@@ -79,7 +81,7 @@ def fit_to_machine(
         UnsupportedCombination: recomputing or caching is asked for where there is nothing to recompute or to cache.
     """
     micro, checkpointing = _micro_batch(config, hardware, encoder, batch_size, input_size, reasons)
-    cache, views = _feature_cache(config, hardware, encoder, input_size, rows, frozen_prefix, reasons)
+    cache, views = _feature_cache(config, hardware, encoder, input_size, rows, frozen_prefix, grids_read, reasons)
     precision = config.env.precision
     reasons["precision"] = "as asked"
     if precision == "auto":
@@ -136,6 +138,7 @@ def _feature_cache(
     input_size: tuple[int, int],
     rows: int,
     frozen_prefix: bool,
+    grids_read: int,
     reasons: dict[str, str],
 ) -> tuple[str, int]:
     """Choose where features of the frozen blocks are kept, and how many augmented views of an image there are then."""
@@ -143,8 +146,8 @@ def _feature_cache(
     if not frozen_prefix:
         if asked not in ("auto", "off"):
             raise UnsupportedCombination(
-                f"env.feature_cache is '{asked}', but the first block trains already. Use optim.peft=decoder_only, "
-                "or optim.lora.last_blocks."
+                f"env.feature_cache is '{asked}', but the first block trains already. Use optim.peft=decoder_only "
+                "or lst, or optim.lora.last_blocks."
             )
         reasons["feature_cache"] = "the first block trains already"
         return "off", 0
@@ -152,7 +155,7 @@ def _feature_cache(
         reasons["feature_cache"] = "as asked"
         return asked, 0 if asked == "off" else views
     tokens = math.prod(input_size) / encoder.stride**2
-    needed = rows * views * tokens * encoder.embed_dim * 4 * encoder.taps
+    needed = rows * views * tokens * encoder.embed_dim * 4 * grids_read
     where = f"about {needed / 2**30:.1f} GiB for {views} views of each image"
     for place, room in (("memory", hardware.host_memory * CACHE_SHARE), ("disk", DISK_BYTES)):
         if needed <= room:

@@ -87,7 +87,40 @@ class LoraConfig(_Section):
     activation: Literal["gelu", "none"] = Field("gelu", description="After the experts' convolution.")
     interpolation: Literal["bicubic", "bilinear"] = Field("bicubic", description="Of the experts' resizing.")
     gate: Literal["balanced", "learned"] = Field("balanced", description="What trains the router of the experts.")
+    windowed: bool = Field(
+        True, description="Experts see each attention window alone; false: the whole grid (Conv-LoRA)."
+    )
+    scaling: Literal["rank", "sqrt_rank"] = Field(
+        "rank", description="Divide alpha by the rank, or by its root (rsLoRA)."
+    )
+    dora: bool = Field(False, description="Train length and direction of the weights apart (DoRA).")
+    decoder_rank: NonNegativeInt = Field(0, description="Rank of corrections on the decoder's attention; 0 for none.")
+    b_lr_ratio: PositiveFloat = Field(1.0, description="Learning rate of matrix B over that of the rest (LoRA+).")
     last_blocks: PositiveInt | None = Field(None, description="Adapt only the last blocks, this many; None: all.")
+
+
+class AdapterConfig(_Section):
+    """Options of the Adapter."""
+
+    width: PositiveInt = Field(2, description="Of the bottlenecks behind attention and MLP.")
+
+
+class VptConfig(_Section):
+    """Options of visual prompt tuning."""
+
+    tokens: PositiveInt = Field(12, description="Prompts per block.")
+
+
+class LstConfig(_Section):
+    """Options of ladder side tuning."""
+
+    width: Auto | PositiveInt = Field("auto", description="Of the side blocks, divisible by 8.")
+
+
+class SamAdapterConfig(_Section):
+    """Options of SAM-Adapter."""
+
+    width: Auto | PositiveInt = Field("auto", description="Of the prompt generator's features.")
 
 
 class OptimConfig(_Section):
@@ -95,6 +128,10 @@ class OptimConfig(_Section):
 
     peft: str = Field("auto", description="Fine-tuning method: auto, or a name of peft.METHODS.")
     lora: LoraConfig = Field(default_factory=LoraConfig)
+    adapter: AdapterConfig = Field(default_factory=AdapterConfig)
+    vpt: VptConfig = Field(default_factory=VptConfig)
+    lst: LstConfig = Field(default_factory=LstConfig)
+    sam_adapter: SamAdapterConfig = Field(default_factory=SamAdapterConfig)
     loss: str = Field("auto", description="Training loss: auto, or a name of losses.CRITERIA.")
     lr: Auto | PositiveFloat = Field("auto", description="Peak learning rate of AdamW.")
     weight_decay: float = Field(0.01, ge=0, description="Of matrices; biases, norms and vectors have none.")
@@ -138,6 +175,15 @@ class Config(_Section):
     optim: OptimConfig = Field(default_factory=OptimConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     env: EnvConfig = Field(default_factory=EnvConfig)
+
+
+def resolve(asked: Any, auto: Any, name: str, why: str, reasons: dict[str, str]) -> Any:
+    """Return what was asked or, for "auto", the value decided on; the reason is noted under `name`."""
+    if asked == "auto":
+        reasons[name] = why
+        return auto
+    reasons[name] = "as asked"
+    return asked
 
 
 def presets_folder() -> Path:

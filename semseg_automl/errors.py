@@ -49,3 +49,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean '{match[0]}'?" if match else ""
+
+
+def check_known(setting: str, name: str, known: Iterable[str]) -> None:
+    """Raise `ConfigError` naming the nearest unless `name` is known.
+
+    >>> check_known("optim.peft", "lora", ["lora", "full"])
+    """
+    names = list(known)
+    if name not in names:
+        raise ConfigError(f"unknown {setting} '{name}'{nearest(name, names)}. Known: {', '.join(names)}.")

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from semseg_automl.build import seeded_model
 from semseg_automl.bundle import Bundle, load_bundle, save_bundle
+from semseg_automl.callbacks import TrainingResult, Weights
 from semseg_automl.config import Config, load_config
 from semseg_automl.data.images import ImageSource
 from semseg_automl.data.table import MaskTable, RowCheck, check_rows, read_images, read_table, split_holdout
@@ -31,9 +32,11 @@ from semseg_automl.metrics import DEFAULT_METRICS, build_metrics
 from semseg_automl.models.facts import encoder_facts
 from semseg_automl.models.segmentation_model import hard_labels
 from semseg_automl.peft import count_parameters
+from semseg_automl.peft.usage import usage_summary
 from semseg_automl.plan import DataStats, Plan, make_plan
+from semseg_automl.report import save_expert_usage
 from semseg_automl.task import SegmentationTask, infer_task
-from semseg_automl.training import TrainingResult, Weights, check_trainer_options, data_module, train
+from semseg_automl.training import check_trainer_options, data_module, train
 
 Table = pd.DataFrame | str | PathLike[str]
 Images = Table | ImageSource | Sequence[ImageSource]
@@ -226,16 +229,15 @@ class SemanticSegmentor(BaseEstimator):  # type: ignore[misc]
         """Build, train, keep the best weights in memory and on disk."""
         plan, task = self.plan_, self.task_
         model = seeded_model(plan)
-        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-        self.path_ = Path(self.path) if self.path is not None else Path("runs") / f"segmentor-{stamp}"
+        stamped = Path("runs") / f"segmentor-{datetime.now():%Y%m%d-%H%M%S}"
+        self.path_ = Path(self.path) if self.path is not None else stamped
         self.threshold_ = 0.5
         result = TrainingResult()
         saved = False
 
         def on_best(weights: Weights) -> None:
             nonlocal saved
-            bundle = Bundle(model, plan, task, self._record(result))
-            save_bundle(self.path_, bundle, frozen_too=not saved)
+            save_bundle(self.path_, Bundle(model, plan, task, self._record(result)), frozen_too=not saved)
             saved = True
 
         trainable, total = count_parameters(model)
@@ -264,6 +266,9 @@ class SemanticSegmentor(BaseEstimator):  # type: ignore[misc]
             f"stopped by {result.stopped_by}; best {plan.validation_metric} {result.best_score:.4f} in epoch "
             f"{result.best_epoch}; saved in {self.path_}"
         )
+        if result.expert_usage:
+            self._say(usage_summary(result.expert_usage))
+        save_expert_usage(self.path_, result.expert_usage)
         if result.stopped_by == "interrupt":
             raise KeyboardInterrupt("fit was interrupted; the best state so far is fitted and saved")
 
@@ -275,6 +280,7 @@ class SemanticSegmentor(BaseEstimator):  # type: ignore[misc]
             "best_score": result.best_score,
             "best_epoch": result.best_epoch,
             "stopped_by": result.stopped_by,
+            "expert_usage": result.expert_usage,
             "history": result.history,
         }
 
@@ -307,8 +313,7 @@ class SemanticSegmentor(BaseEstimator):  # type: ignore[misc]
         predictor = self._fitted()
         table = self._read(data)
         check_values(self.task_, table, check_rows(table))
-        names = self._metric_names(metrics)
-        return score_table(predictor, table, self.task_, metrics=names, threshold=self.threshold_)
+        return score_table(predictor, table, self.task_, metrics=self._metric_names(metrics), threshold=self.threshold_)
 
     def predict(
         self,
@@ -359,7 +364,7 @@ class SemanticSegmentor(BaseEstimator):  # type: ignore[misc]
         return next(scores) if single else list(scores)
 
     def fit_summary(self) -> dict[str, Any]:
-        """Return what was fitted: task, method, parameters, best score, history, where it is saved."""
+        """Return what was fitted: task, method, parameters, best score, history, experts, where it is saved."""
         self._fitted()
         trainable, total = count_parameters(self._bundle.model)
         record = self._bundle.record
@@ -372,11 +377,10 @@ class SemanticSegmentor(BaseEstimator):  # type: ignore[misc]
             "trainable_parameters": trainable,
             "total_parameters": total,
             "validation_metric": self.plan_.validation_metric,
-            "best_score": record["best_score"],
-            "best_epoch": record["best_epoch"],
-            "stopped_by": record["stopped_by"],
+            **{key: record[key] for key in ("best_score", "best_epoch", "stopped_by")},
             "seconds": record["history"][-1]["seconds"] if record["history"] else math.nan,
             "path": str(self.path_),
+            "expert_usage": record.get("expert_usage", {}),  # bundles of before it was counted have none
             "history": record["history"],
         }
 

@@ -7,15 +7,14 @@ decides only the micro-batch, number format and loader processes, never the effe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from semseg_automl.adaptation import choose_learning_rate, choose_method
 from semseg_automl.capacity import fit_to_machine
-from semseg_automl.config import Config
-from semseg_automl.errors import ConfigError, UnsupportedCombination, nearest
+from semseg_automl.config import Config, resolve
+from semseg_automl.errors import ConfigError, UnsupportedCombination, check_known
 from semseg_automl.hardware import Hardware
 from semseg_automl.losses import CRITERIA
 from semseg_automl.models.facts import EncoderFacts
@@ -47,6 +46,7 @@ class Plan(BaseModel):
         input_size: ``(height, width)`` images are resized to, in pixels.
         peft: fine-tuning method.
         peft_options: its options.
+        merged: what it learned is folded into the encoder's own weights.
         loss: name of the criterion.
         lr: peak learning rate.
         batch_size: images per optimizer step.
@@ -68,7 +68,8 @@ class Plan(BaseModel):
     decoder_options: dict[str, int | bool | None]
     input_size: tuple[int, int]
     peft: str
-    peft_options: dict[str, int | float | str]
+    peft_options: dict[str, int | float | str | bool]
+    merged: bool = False
     loss: str
     lr: float
     weight_decay: float
@@ -105,6 +106,7 @@ DETAIL_STRIDE = 16  # the detail branch's maps of 1/8 and 1/4 meet the decoder's
 
 USUAL_LOSS = {"binary": "structure", "class_tokens": "ce_dice", "queries": "set_criterion"}
 
+
 def make_plan(
     config: Config,
     task: SegmentationTask,
@@ -134,7 +136,7 @@ def make_plan(
     """
     reasons: dict[str, str] = {"encoder": encoder.why}
     input_size = _input_size(config, stats, encoder, reasons)
-    peft, peft_options = _peft(config, encoder, reasons)
+    peft, peft_options = choose_method(config, encoder, reasons)
     loss, decoder_options = _head(config, task, encoder, reasons)
     batch_size, views, max_epochs = _budget(config, stats, encoder, time_limit, reasons)
     capacity = fit_to_machine(
@@ -144,7 +146,8 @@ def make_plan(
         batch_size=batch_size,
         input_size=input_size,
         rows=stats.rows,
-        frozen_prefix=peft == "decoder_only" or "last_blocks" in peft_options,
+        frozen_prefix=METHODS[peft].frozen_prefix or "last_blocks" in peft_options,
+        grids_read=encoder.depth if peft == "lst" else encoder.taps,
         reasons=reasons,
     )
     return Plan(
@@ -156,7 +159,7 @@ def make_plan(
         peft=peft,
         peft_options=peft_options,
         loss=loss,
-        lr=_learning_rate(config, encoder, peft, reasons),
+        lr=choose_learning_rate(config, encoder, peft, reasons),
         weight_decay=config.optim.weight_decay,
         warmup=config.optim.warmup,
         schedule=config.optim.schedule,
@@ -175,25 +178,7 @@ def make_plan(
     )
 
 
-def _resolve(asked: Any, auto: Any, name: str, why: str, reasons: dict[str, str]) -> Any:
-    """Return what was asked, or the automatic value with its reason noted."""
-    if asked == "auto":
-        reasons[name] = why
-        return auto
-    reasons[name] = "as asked"
-    return asked
-
-
-def _check_known(setting: str, name: str, known: Iterable[str]) -> None:
-    """Raise `ConfigError` naming the nearest unless `name` is known."""
-    names = list(known)
-    if name not in names:
-        raise ConfigError(f"unknown {setting} '{name}'{nearest(name, names)}. Known: {', '.join(names)}.")
-
-
-def _input_size(
-    config: Config, stats: DataStats, encoder: EncoderFacts, reasons: dict[str, str]
-) -> tuple[int, int]:
+def _input_size(config: Config, stats: DataStats, encoder: EncoderFacts, reasons: dict[str, str]) -> tuple[int, int]:
     """SAM's own size for SAM; else about `AUTO_AREA` pixels at the median aspect ratio, never above the images' own."""
     asked, stride = config.model.input_size, encoder.stride
     if encoder.fixed_size is not None:
@@ -232,40 +217,6 @@ def _round_to(length: float, stride: int) -> int:
     return max(stride, round(length / stride) * stride)
 
 
-def _peft(
-    config: Config, encoder: EncoderFacts, reasons: dict[str, str]
-) -> tuple[str, dict[str, int | float | str]]:
-    if encoder.pretrained:
-        auto = "conv_lora" if encoder.depth else "full"
-        why = "the encoder is pretrained: adapt it, frozen" if encoder.depth else "no transformer blocks to adapt"
-        method = _resolve(config.optim.peft, auto, "peft", why, reasons)
-    else:
-        method = _resolve(config.optim.peft, "full", "peft", "no pretrained weights: nothing worth freezing", reasons)
-        if method in METHODS and method != "full":
-            raise UnsupportedCombination(
-                f"optim.peft is '{method}', which keeps the encoder frozen, but it has no pretrained weights. "
-                "Give model.checkpoint, or use optim.peft='full'."
-            )
-    _check_known("optim.peft", method, METHODS)
-    lora = config.optim.lora
-    options: dict[str, int | float | str] = {}
-    if method in ("lora", "conv_lora"):
-        auto_rank, why = 8, "rank 8: level with the paper's 3 in short runs, room in longer ones (benchmarks/LOG.md)"
-        if encoder.family == "sam":
-            auto_rank, why = 3, "rank 3, as the paper has it"
-        rank = _resolve(lora.rank, auto_rank, "peft_options", why, reasons)
-        options = {"rank": rank, "alpha": rank * 32 / 3 if lora.alpha == "auto" else lora.alpha}
-        if lora.last_blocks is not None:
-            options["last_blocks"] = lora.last_blocks
-    if method == "conv_lora":
-        options |= {name: getattr(lora, name) for name in ("experts", "activation", "interpolation", "gate")}
-    unused = sorted(lora.model_fields_set - set(options))
-    if unused:
-        note = f"{method} does not use {', '.join('optim.lora.' + name for name in unused)}"
-        reasons["peft_options"] = "; ".join(filter(None, [reasons.get("peft_options"), note]))
-    return method, options
-
-
 def _head(
     config: Config, task: SegmentationTask, encoder: EncoderFacts, reasons: dict[str, str]
 ) -> tuple[str, dict[str, int | bool | None]]:
@@ -278,7 +229,7 @@ def _head(
             raise UnsupportedCombination(
                 f"model.decoder_dim is {config.model.decoder_dim}; SAM's decoder is {dim} wide. Leave it out."
             )
-    dim = _resolve(config.model.decoder_dim, dim, "decoder_options", why, reasons)
+    dim = resolve(config.model.decoder_dim, dim, "decoder_options", why, reasons)
     auto_detail = encoder.stride == DETAIL_STRIDE and encoder.family != "sam"  # SAM's decoder starts as it was trained
     detail = auto_detail if config.model.detail == "auto" else config.model.detail
     if detail and encoder.stride != DETAIL_STRIDE:
@@ -290,14 +241,14 @@ def _head(
     decoder: dict[str, int | bool | None] = {"dim": dim, "mlp_dim": mlp_dim, "detail": detail}
     asked = config.optim.loss
     if asked != "auto":
-        _check_known("optim.loss", asked, CRITERIA)
+        check_known("optim.loss", asked, CRITERIA)
     if task.kind == "binary":
         head = "binary"
     elif config.model.multiclass_head != "auto":
         head = config.model.multiclass_head
     else:
         head = "queries" if asked != "auto" and CRITERIA[asked].head == "queries" else "class_tokens"
-    loss = _resolve(asked, USUAL_LOSS[head], "loss", "measured on small data: benchmarks/RESULTS.md", reasons)
+    loss = resolve(asked, USUAL_LOSS[head], "loss", "measured on small data: benchmarks/RESULTS.md", reasons)
     if CRITERIA[loss].head != head:
         fitting = ", ".join(name for name, criterion in CRITERIA.items() if criterion.head == head)
         raise UnsupportedCombination(
@@ -324,7 +275,7 @@ def _budget(
 ) -> tuple[int, int, int]:
     """Choose batch size, views per epoch and epochs."""
     batch, why = (4, "as the paper has it") if encoder.family == "sam" else (8, "measured on small data")
-    batch_size = _resolve(config.env.batch_size, min(batch, stats.rows), "batch_size", why, reasons)
+    batch_size = resolve(config.env.batch_size, min(batch, stats.rows), "batch_size", why, reasons)
     views = max(1, math.ceil(MIN_STEPS_PER_EPOCH * batch_size / stats.rows))
     if views > 1:
         reasons["views"] = f"{stats.rows} images make short epochs: validate every {MIN_STEPS_PER_EPOCH} steps or so"
@@ -338,22 +289,12 @@ def _budget(
     return batch_size, views, config.optim.max_epochs
 
 
-def _learning_rate(config: Config, encoder: EncoderFacts, peft: str, reasons: dict[str, str]) -> float:
-    auto, why = 1e-3, "measured on small data: benchmarks/RESULTS.md"
-    if encoder.family == "sam":
-        auto, why = 1e-4, "as the paper has it"
-    elif encoder.pretrained and peft == "full":
-        auto, why = 1e-4, "small steps keep what pretraining taught"
-    lr: float = _resolve(config.optim.lr, auto, "lr", why, reasons)
-    return lr
-
-
 def _patience(config: Config, time_limit: float | None, reasons: dict[str, str]) -> int:
     """Stop early after ten validations; not under a clock, where scores rise as the learning rate falls at the end."""
     why = (
         "as the paper has it" if time_limit is None else "the clock ends training; the last steps bring the best scores"
     )
-    patience: int = _resolve(config.optim.patience, 10 if time_limit is None else UNLIMITED, "patience", why, reasons)
+    patience: int = resolve(config.optim.patience, 10 if time_limit is None else UNLIMITED, "patience", why, reasons)
     return patience
 
 
@@ -364,5 +305,5 @@ AUTO_STEPS = 1000
 
 def _augmentation(config: Config, stats: DataStats, reasons: dict[str, str]) -> str:
     auto = "medium"
-    name: str = _resolve(config.data.augmentation, auto, "augmentation", f"{stats.rows} images need variety", reasons)
+    name: str = resolve(config.data.augmentation, auto, "augmentation", f"{stats.rows} images need variety", reasons)
     return name

@@ -1,30 +1,30 @@
-"""The training half: the Lightning module, what happens around its steps, and the trainer that runs it.
+"""The training half: the Lightning module and the trainer that runs it.
 
-The network itself is pure torch and knows nothing of this file. Which epoch is kept, how the learning rate follows
-steps or clock, and what an interruption leaves behind are decided here.
+The network itself is pure torch and knows nothing of this file. What is optimised at which learning rate, and what an
+interruption leaves behind, are decided here; which epoch is kept, and how the learning rate follows steps or clock, in
+`callbacks`.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
-import math
 import signal
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from semseg_automl.build import build_method
+from semseg_automl.callbacks import Clock, ExpertUsage, TrainingResult, WeightKeeper, Weights
 from semseg_automl.data.dataset import Batch, MaskDataModule, MaskDataset
 from semseg_automl.data.table import MaskTable
-from semseg_automl.errors import ConfigError, TrainingError, nearest
+from semseg_automl.errors import ConfigError, nearest
 from semseg_automl.features import FeatureCache, feature_caches
 from semseg_automl.losses import CRITERIA
 from semseg_automl.metrics import build_metrics
@@ -34,26 +34,6 @@ from semseg_automl.peft import trainable_parameters
 from semseg_automl.plan import Plan
 from semseg_automl.task import SegmentationTask
 from semseg_automl.third_party import lightning
-
-Weights = dict[str, Tensor]
-"""Trainable parameters by name, on the CPU."""
-
-
-@dataclass
-class TrainingResult:
-    """What a training run leaves.
-
-    Attributes:
-        history: one entry per validation: epoch, step, seconds, train_loss, lr, and the validation metric by name.
-        best_score: the best validation score, NaN if none was reached.
-        best_epoch: the epoch it was reached in, -1 if none was.
-        stopped_by: ``max_epochs``, ``patience``, ``time_limit`` or ``interrupt``.
-    """
-
-    history: list[dict[str, float]] = field(default_factory=list)
-    best_score: float = math.nan
-    best_epoch: int = -1
-    stopped_by: str = "max_epochs"
 
 
 class FineTuneModule(lightning.LightningModule):
@@ -106,193 +86,25 @@ class FineTuneModule(lightning.LightningModule):
         self.metric.reset()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return AdamW over what trains; biases, norms and other vectors are not decayed."""
-        parameters = trainable_parameters(self).values()
-        groups = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.plan.weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW([g for g in groups if g["params"]], lr=self.plan.lr)
+        """Return AdamW over what trains.
 
-
-def learning_rate_factor(progress: float, *, warmup: float, schedule: str) -> float:
-    """Return the learning rate's share of its peak at `progress`, 0 to 1, through training.
-
-    >>> [round(learning_rate_factor(p, warmup=0.1, schedule="cosine"), 3) for p in (0.05, 0.1, 0.55, 1.0)]
-    [0.5, 1.0, 0.5, 0.0]
-    """
-    if progress < warmup:
-        return progress / warmup
-    rest = min(1.0, (progress - warmup) / (1 - warmup))
-    return 1 - rest if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * rest))
-
-
-class Clock(lightning.Callback):
-    """Lets the learning rate follow progress through training, and ends training when the time is up.
-
-    Progress is the share of the steps or, under a time limit, of the time, whichever is further. The last
-    validation and the saving have to fit into the limit too; the time they need is kept back.
-
-    Args:
-        plan: steps, schedule.
-        deadline: `time.monotonic` seconds at which everything must be done, or None.
-    """
-
-    def __init__(self, plan: Plan, deadline: float | None) -> None:
-        self.plan = plan
-        self.deadline = deadline
-        self.start = time.monotonic()
-        self.reserve = 0.1 * (deadline - self.start) if deadline is not None else 0.0
-        self.validation_start = self.start
-        self.out_of_time = False
-
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Start the clock."""
-        self.start = time.monotonic()
-
-    def progress(self, trainer: lightning.Trainer) -> float:
-        """Return the share of training that is over, 0 to 1."""
-        done = trainer.global_step / max(1.0, trainer.estimated_stepping_batches)
-        if self.deadline is None:
-            return done
-        available = max(1e-3, self.deadline - self.reserve - self.start)
-        return max(done, (time.monotonic() - self.start) / available)
-
-    def on_train_batch_start(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Set the learning rate of the coming step; never quite zero, so that the first step moves."""
-        factor = learning_rate_factor(
-            self.progress(trainer) + 1e-3, warmup=self.plan.warmup, schedule=self.plan.schedule
-        )
-        for group in trainer.optimizers[0].param_groups:
-            group["lr"] = self.plan.lr * factor
-
-    def on_train_batch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Stop when the time is up; Lightning then validates once more."""
-        if self.deadline is not None and self.progress(trainer) >= 1:
-            self.out_of_time = True
-            trainer.should_stop = True
-
-    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Time the validation."""
-        self.validation_start = time.monotonic()
-
-    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Keep back as much time as this validation took, half as much again, and a second for saving."""
-        self.reserve = 1.5 * (time.monotonic() - self.validation_start) + 1.0
-
-
-class WeightKeeper(lightning.Callback):
-    """Averages the trainable weights over steps, validates the average, and keeps the best of them.
-
-    The running mean decays by ``plan.ema``, faster in the first steps, and lives beside the weights that are
-    optimised; they change places for each validation.
-
-    Args:
-        model: the network whose trainable weights are kept.
-        plan: decay and validation metric.
-        result: filled in with history and best score.
-        on_best: called with the weights when they are the best so far.
-        on_epoch: called with an epoch's entry of the history when it is complete.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        plan: Plan,
-        result: TrainingResult,
-        on_best: Callable[[Weights], None],
-        on_epoch: Callable[[dict[str, float]], None],
-    ) -> None:
-        self.parameters = trainable_parameters(model)
-        self.plan = plan
-        self.result = result
-        self.on_best = on_best
-        self.on_epoch = on_epoch
-        self.average = [p.detach().clone() for p in self.parameters.values()]
-        self.average_in_place = False
-        self.best: Weights | None = None
-        self.steps = 0
-        self.started = time.monotonic()
-
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Average on the device that trains."""
-        self.average = [p.detach().clone() for p in self.parameters.values()]
-
-    def on_train_batch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Take a finished optimizer step into the average."""
-        if trainer.global_step == self.steps:
-            return  # gradients were only accumulated
-        self.steps = trainer.global_step
-        decay = min(self.plan.ema, (1 + self.steps) / (10 + self.steps)) if self.plan.ema else 0.0
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters.values()], 1 - decay)
-
-    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Put the average in place."""
-        self._swap()
-
-    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Note the epoch, keep the weights if they are the best so far, and put the optimised ones back."""
-        scores = trainer.callback_metrics
-        score = float(scores[self.plan.validation_metric])
-        higher = bool(getattr(pl_module, "metric").higher_is_better)  # noqa: B009
-        self.result.history.append(
-            {
-                "epoch": trainer.current_epoch,
-                "step": trainer.global_step,
-                "seconds": round(time.monotonic() - self.started, 2),
-                "lr": float(trainer.optimizers[0].param_groups[0]["lr"]),
-                self.plan.validation_metric: score,
-            }
-        )
-        best = self.result.best_score
-        if self.best is None or math.isnan(best) or (score > best if higher else score < best):
-            self.best = self.current()
-            self.result.best_score, self.result.best_epoch = score, trainer.current_epoch
-            self.on_best(self.best)
-        self._swap()
-
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Note the epoch's loss, which Lightning knows only now.
-
-        Raises:
-            TrainingError: the loss is not finite.
+        Biases, norms and other vectors are not decayed. The fine-tuning method says which of its parameters learn at
+        another rate (LoRA+, Hayou et al. 2024, arXiv 2402.12354); each group keeps that ratio as ``lr_ratio``.
         """
-        loss = float(trainer.callback_metrics["train_loss"])
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"the training loss became {loss} in epoch {trainer.current_epoch} with optim.lr={self.plan.lr}. "
-                "Lower optim.lr, or set env.precision='32-true'."
-            )
-        if self.result.history:
-            self.result.history[-1]["train_loss"] = loss
-            self.on_epoch(self.result.history[-1])
-
-    def current(self) -> Weights:
-        """Copy the weights that are in place now."""
-        return {name: p.detach().cpu().clone() for name, p in self.parameters.items()}
-
-    def _swap(self) -> None:
-        for parameter, average in zip(self.parameters.values(), self.average, strict=True):
-            kept = parameter.data.clone()
-            parameter.data.copy_(average)
-            average.copy_(kept)
-        self.average_in_place = not self.average_in_place
-
-    def restore(self) -> None:
-        """Put the best weights in place, or the average where no validation was reached."""
-        if self.best is None:
-            if not self.average_in_place:  # an interrupt during validation finds it there already
-                self._swap()
-            self.on_best(self.current())
-            return
-        for name, parameter in self.parameters.items():
-            parameter.data.copy_(self.best[name])
+        method = build_method(self.plan.peft, self.plan.peft_options)
+        members: dict[tuple[bool, float], list[nn.Parameter]] = {}
+        for name, parameter in trainable_parameters(self.model).items():
+            members.setdefault((parameter.ndim > 1, method.learning_rate_ratio(name)), []).append(parameter)
+        groups = [
+            {
+                "params": members[decayed, ratio],
+                "weight_decay": self.plan.weight_decay if decayed else 0.0,
+                "lr": self.plan.lr * ratio,
+                "lr_ratio": ratio,
+            }
+            for decayed, ratio in sorted(members, reverse=True)
+        ]
+        return torch.optim.AdamW(groups, lr=self.plan.lr)
 
 
 def data_module(
@@ -356,7 +168,8 @@ def train(
         model.encoder.checkpointing = True
     options = check_trainer_options(trainer_options or {})
     module = FineTuneModule(model, plan, task)
-    keeper = WeightKeeper(model, plan, result, on_best, on_epoch)
+    usage = ExpertUsage(model)
+    keeper = WeightKeeper(model, plan, result, usage, on_best, on_epoch)
     clock = Clock(plan, deadline)
     patience = lightning.pytorch.callbacks.EarlyStopping(
         plan.validation_metric,
@@ -364,7 +177,7 @@ def train(
         patience=plan.patience,
         check_finite=False,
     )
-    callbacks = [clock, keeper, patience, *options.pop("callbacks", [])]
+    callbacks = [clock, usage, keeper, patience, *options.pop("callbacks", [])]
     settings = _trainer_settings(plan) | {"enable_progress_bar": progress_bar} | options
     with _quiet_lightning():
         trainer = lightning.Trainer(callbacks=callbacks, **settings)

@@ -35,6 +35,7 @@ def decide(
         input_size=(side, side),
         rows=rows,
         frozen_prefix=frozen_prefix,
+        grids_read=encoder.taps,
         reasons=reasons,
     )
     return capacity, reasons

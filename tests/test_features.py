@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from semseg_automl import draw_dataset, features
+from semseg_automl.callbacks import TrainingResult
 from semseg_automl.capacity import CACHE_SHARE
 from semseg_automl.data.table import MaskTable, check_rows, read_table
 from semseg_automl.errors import ConfigError
@@ -27,7 +28,7 @@ from semseg_automl.peft.freeze import DecoderOnly, Full
 from semseg_automl.plan import Plan
 from semseg_automl.task import SegmentationTask
 from semseg_automl.third_party import lightning
-from semseg_automl.training import TrainingResult, data_module, train
+from semseg_automl.training import data_module, train
 
 STAGES = {"fresh_neck": 3, "frozen_neck": 4, "last_block": 2, "full": 0}
 ROWS, VALIDATION_ROWS, EPOCHS, VIEWS = 8, 3, 4, 2

@@ -42,8 +42,8 @@ def relative_attention(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: 
 
     Args:
         q: queries ``(S, N, d)``, S sequences (heads, images, windows), N = H W positions row by row.
-        k: keys ``(S, N, d)``.
-        v: values ``(S, N, d)``.
+        k: keys ``(S, N + P, d)``: of the positions, then of P prompts, which have no place in the grid and no bias.
+        v: values ``(S, N + P, d)``.
         bias_h: ``(S, N, H)``, added to the scores of all keys of a row.
         bias_w: ``(S, N, W)``, added to the scores of all keys of a column.
 
@@ -67,6 +67,7 @@ def augmented_attention(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w:
     rows = torch.eye(height, dtype=k.dtype, device=k.device).repeat_interleave(columns, dim=0)
     cells = torch.cat([rows, torch.eye(columns, dtype=k.dtype, device=k.device).repeat(height, 1)], dim=1)
     query = F.pad(torch.cat([q * width**-0.5, bias_h.to(q.dtype), bias_w.to(q.dtype)], dim=-1), (0, fill))
+    cells = F.pad(cells, (0, 0, 0, k.shape[1] - cells.shape[0]))  # prompts are in no row and no column
     key = F.pad(torch.cat([k, cells.expand(k.shape[0], -1, -1)], dim=-1), (0, fill))
     value = F.pad(v, (0, height + columns + fill))
     return F.scaled_dot_product_attention(query[None], key[None], value[None], scale=1.0)[0, ..., :width]
@@ -84,8 +85,10 @@ def _chunks(sequences: int, length: int) -> list[tuple[slice, slice]]:
 
 
 def _probabilities(q: Tensor, k: Tensor, bias_h: Tensor, bias_w: Tensor) -> Tensor:
-    """Return the attention ``(s, n, N)`` of a chunk's queries ``(s, n, d)``."""
+    """Return the attention ``(s, n, N + P)`` of a chunk's queries ``(s, n, d)``."""
     scores = torch.add(bias_h[..., :, None], bias_w[..., None, :]).flatten(2)
+    if k.shape[1] > scores.shape[2]:
+        scores = F.pad(scores, (0, k.shape[1] - scores.shape[2]))
     scores.baddbmm_(q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
     return scores.softmax(dim=-1)
 
@@ -131,7 +134,7 @@ def _chunked_backward(
         )
         grad_q[s, n] = torch.bmm(grad_scores, k[s]).mul_(scale)
         grad_k[s].baddbmm_(grad_scores.transpose(1, 2), queries, alpha=scale)
-        cells = grad_scores.unflatten(2, grid)
+        cells = grad_scores[..., : grid[0] * grid[1]].unflatten(2, grid)
         grad_h[s, n] = cells.sum(dim=3)
         grad_w[s, n] = cells.sum(dim=2)
     return grad_q, grad_k.to(dtype), grad_v.to(dtype), grad_h, grad_w
@@ -143,9 +146,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tensor) -> Tensor
 
 
 @_chunked_backward.register_fake
-def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tensor
-) -> tuple[Tensor, ...]:
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for x in (q, k, v, bias_h, bias_w))
 
 
@@ -178,6 +179,8 @@ class RelativeAttention(nn.Module):
         window_size: tokens per window side; 0 for attention over the whole grid.
     """
 
+    takes_prompts = True
+
     def __init__(
         self,
         qkv: nn.Module,
@@ -196,8 +199,11 @@ class RelativeAttention(nn.Module):
         self.num_heads = num_heads
         self.window_size = window_size
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Attend within ``(B, H, W, dim)``, normalised tokens; returns the same shape."""
+    def forward(self, x: Tensor, prompts: Tensor | None = None) -> Tensor:
+        """Attend within ``(B, H, W, dim)``, normalised tokens, and to ``prompts (P, dim)`` from every window.
+
+        Prompts have no place in the grid: no relative position, no query. Returns ``(B, H, W, dim)``.
+        """
         batch, height, width, _ = x.shape
         window = (self.window_size, self.window_size) if self.window_size else (height, width)
         qkv = project_padded(self.qkv, x, self.window_size) if self.window_size else self.qkv(x)
@@ -206,6 +212,10 @@ class RelativeAttention(nn.Module):
         table_h, table_w = relative_table(self.rel_pos_h, window[0]), relative_table(self.rel_pos_w, window[1])
         bias_h = torch.einsum("shwd,hkd->shwk", cells, table_h.to(q.dtype)).flatten(1, 2)
         bias_w = torch.einsum("shwd,wkd->shwk", cells, table_w.to(q.dtype)).flatten(1, 2)
+        if prompts is not None:
+            _, *further = self.qkv(prompts).view(-1, 3, self.num_heads, q.shape[-1]).permute(1, 2, 0, 3)
+            times = q.shape[0] // self.num_heads  # sequences are ordered image, window, head
+            k, v = (torch.cat([x, y.repeat(times, 1, 1)], dim=1) for x, y in zip((k, v), further, strict=True))
         attended = relative_attention(q, k, v, bias_h, bias_w)
         rows, columns = qkv.shape[1] // window[0], qkv.shape[2] // window[1]
         attended = attended.view(batch, rows, columns, self.num_heads, *window, -1).permute(0, 1, 4, 2, 5, 3, 6)

@@ -1,27 +1,103 @@
-"""The protocol every image encoder keeps, and the sum of auxiliary losses. The encoders live in their own files."""
+"""The protocol every image encoder keeps, its seams for fine-tuning methods, and the sum of auxiliary losses.
+
+The encoders live in their own files.
+"""
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from semseg_automl.errors import ConfigError, UnsupportedCombination
+from semseg_automl.errors import ConfigError
 
 EncoderState = tuple[Tensor, ...]
-"""What an encoder has computed up to a stage: the tapped token grids so far and, before the last block, the tokens."""
+"""What an encoder has computed up to a stage: the kept token grids so far and, before the last block, the tokens."""
+
+TOKENS = "tokens"
+"""The part that only encoders of one token grid have: `TokenEncoder` and its seams `side` and `prompter`."""
+
+
+@dataclass(frozen=True)
+class Seam:
+    """A place in an encoder where a fine-tuning method may put a layer of its own.
+
+    Attributes:
+        owner: the module that holds the layer.
+        attribute: its name there.
+        in_windows: the layer is handed the windows of a grid one by one, already cut, and cannot see the grid whole.
+    """
+
+    owner: nn.Module
+    attribute: str
+    in_windows: bool = False
+
+    @property
+    def module(self) -> Any:
+        """The layer that is there now."""
+        return getattr(self.owner, self.attribute)
+
+    def replace(self, module: nn.Module) -> None:
+        """Put `module` there."""
+        setattr(self.owner, self.attribute, module)
+
+
+def block_seams(block: nn.Module) -> dict[str, Seam]:
+    """Find the seams of a pre-norm transformer block.
+
+    They are ``norm1, qkv, proj, norm2, fc1, fc2, prompts``, as far as the block has them. ``prompts`` is the attention
+    itself, where it takes further keys and values (`takes_prompts`).
+    """
+    attn, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
+    places: list[tuple[str, Any, str]] = [
+        ("norm1", block, "norm1"),
+        ("qkv", attn, "qkv"),
+        ("proj", attn, "proj"),
+        ("norm2", block, "norm2"),
+        *((part, mlp, name) for part, names in MLP_NAMES.items() for name in names),
+    ]
+    if getattr(attn, "takes_prompts", False):
+        places.append(("prompts", block, "attn"))
+    return {
+        part: Seam(owner, name) for part, owner, name in places if isinstance(getattr(owner, name, None), nn.Module)
+    }
+
+
+MLP_NAMES = {"fc1": ("fc1", "lin1"), "fc2": ("fc2", "lin2")}
+"""What timm and SAM call the two layers of the MLP."""
+
+
+class SideNetwork(nn.Module):
+    """A network beside a frozen encoder that reads its tokens and leaves them alone."""
+
+    @abstractmethod
+    def forward(self, grids: list[Tensor], taps: Sequence[int]) -> list[Tensor]:
+        """Return what the neck reads of blocks `taps`, given the tokens ``(B, H, W, C)`` after every block."""
+
+
+class Prompter(nn.Module):
+    """A network that adds something made from the image to the tokens before each block."""
+
+    @abstractmethod
+    def prepare(self, images: Tensor, tokens: Tensor) -> Tensor:
+        """Return features ``(B, H, W, w)`` of normalised images and of the first block's tokens ``(B, H, W, C)``."""
+
+    @abstractmethod
+    def forward(self, index: int, features: Tensor) -> Tensor:
+        """Return what is added to the tokens before block `index`, ``(B, H, W, C)``."""
 
 
 class Encoder(nn.Module):
     """Image encoder: ``(B, 3, H, W)`` normalised images to ``(B, out_channels, H / stride, W / stride)`` embeddings.
 
-    Three seams let a PEFT method in: submodules of `blocks` may be replaced, ``block.attn`` may be wrapped, and
-    `side`, when set, is called with the tokens after each block.
+    Fine-tuning methods get in by seams: layers of the blocks, of the neck and the embedding of patches may be replaced
+    (`seams`, `neck_seams`, `patch_seam`), `side` and `prompter` may be set on encoders of one token grid.
 
     Encoding can be cut in two at a stage, so that what is frozen before it is computed once: ``finish(begin(images,
     stage), stage)`` equals ``forward(images)``. An encoder that cannot be cut has one stage, all of it.
@@ -34,7 +110,8 @@ class Encoder(nn.Module):
         pixel_mean: per-channel mean of the input normalisation, in units of 0..255.
         pixel_std: per-channel standard deviation, likewise.
         fresh_parameter_names: parameters that no checkpoint filled; they train even when the encoder is frozen.
-        side: called as ``side(block_index, tokens) -> tokens`` after each block, or None.
+        side: a network beside the blocks, or None.
+        prompter: what adds to the tokens before each block, or None.
         checkpointing: recompute each block's activations in the backward pass instead of keeping them.
     """
 
@@ -43,7 +120,8 @@ class Encoder(nn.Module):
     out_channels: int
     blocks: nn.ModuleList
     fresh_parameter_names: frozenset[str]
-    side: nn.Module | None
+    side: SideNetwork | None
+    prompter: Prompter | None
     checkpointing: bool
     pixel_mean: Tensor
     pixel_std: Tensor
@@ -51,6 +129,7 @@ class Encoder(nn.Module):
     def __init__(self, pixel_mean: tuple[float, float, float], pixel_std: tuple[float, float, float]) -> None:
         super().__init__()
         self.side = None
+        self.prompter = None
         self.checkpointing = False
         self.fresh_parameter_names = frozenset()
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
@@ -94,20 +173,27 @@ class Encoder(nn.Module):
     def mark_pretrained(self) -> None:
         """Set `fresh_parameter_names` to what a checkpoint of this encoder's kind does not fill."""
 
-    def attention_blocks(self, method: str) -> list[Any]:
-        """Return the blocks, each with a fused linear ``attn.qkv``, for the PEFT method that asks.
+    def seams(self) -> list[dict[str, Seam]]:
+        """Return the seams of each block, see `block_seams`; none for an encoder without blocks."""
+        return [block_seams(block) for block in self.blocks]
 
-        Raises:
-            UnsupportedCombination: a block has no linear ``attn.qkv`` to adapt.
-        """
-        blocks: list[Any] = list(self.blocks)
-        usable = all(hasattr(getattr(block, "attn", None), "qkv") for block in blocks)
-        if not blocks or not usable:
-            raise UnsupportedCombination(
-                f"optim.peft is '{method}', which adapts the fused attn.qkv of transformer blocks; "
-                f"{type(self).__name__} has none. Methods that work with it: decoder_only, full."
-            )
-        return blocks
+    def neck_seams(self) -> list[Seam]:
+        """Return the pretrained layers of the neck, in their order; none where the neck starts fresh."""
+        return []
+
+    def patch_seam(self) -> Seam | None:
+        """Return the layer that embeds patches; None where that is no single layer."""
+        return None
+
+    def parts(self) -> frozenset[str]:
+        """Name the seams that every block has, `TOKENS`, and ``patch_embed``."""
+        each = [set(seams) for seams in self.seams()]
+        found = set.intersection(*each) if each else set()
+        if self.patch_seam() is not None:
+            found.add("patch_embed")
+        if isinstance(self, TokenEncoder):
+            found.add(TOKENS)
+        return frozenset(found)
 
 
 class TokenEncoder(Encoder):
@@ -137,13 +223,10 @@ class TokenEncoder(Encoder):
 
     def frozen_stage(self) -> int:
         """Return the last stage before which nothing trains; 0 if already the embedding of patches does."""
+        depth = len(self.blocks)
+        later = {"neck": depth, "side": depth}
         trained = [name.split(".") for name, p in self.named_parameters() if p.requires_grad]
-        if self.side is not None:
-            return 0
-        stages = [
-            int(parts[1]) if parts[0] == "blocks" else len(self.blocks) if parts[0] == "neck" else 0
-            for parts in trained
-        ]
+        stages = [int(parts[1]) if parts[0] == "blocks" else later.get(parts[0], 0) for parts in trained]
         return min(stages, default=self.last_stage)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -152,35 +235,56 @@ class TokenEncoder(Encoder):
 
     def begin(self, images: Tensor, stage: int) -> EncoderState:
         """Encode normalised images ``(B, 3, H, W)`` up to `stage`, 0 to `last_stage`."""
-        return self._advance((self.embed(images),), 0, stage)
+        tokens = self.close(self.embed(images), images)
+        features = () if self.prompter is None else (self.prompter.prepare(images, tokens[-1]),)
+        return self._advance((*features, *tokens), 0, stage)
 
     def finish(self, state: EncoderState, stage: int) -> Tensor:
         """Go on from what `begin` returned for the same `stage` to the embeddings."""
         return self._advance(state, stage, self.last_stage)[0]
+
+    def close(self, tokens: Tensor, images: Tensor) -> EncoderState:
+        """Turn what `embed` made of images into the part of a state that the next block starts from; the grid last."""
+        return (tokens,)
 
     def _advance(self, state: EncoderState, stage: int, to: int) -> EncoderState:
         """Take the state of one stage to a later one."""
         depth = len(self.blocks)
         if stage == to:
             return state
-        tapped = list(state)
+        kept = list(state)
         if stage < depth:
-            tokens = tapped.pop()
-            for i in range(stage, min(to, depth)):
-                tokens = self._run_block(i, tokens)
-                if i in self.neck_taps:
-                    tapped.append(tokens)
+            features = () if self.prompter is None else (kept.pop(0),)
+            tokens = self._run_blocks(kept, range(stage, min(to, depth)), *features)
             if to < depth:
-                return (*tapped, tokens)
-        return tuple(tapped) if to == depth else (self.read_out(tapped),)
+                return (*features, *kept, *tokens)
+        if to == depth:
+            return tuple(kept)
+        return (self.read_out(kept if self.side is None else self.side(kept, self.neck_taps)),)
 
-    def _run_block(self, index: int, tokens: Tensor) -> Tensor:
+    def _run_blocks(self, kept: list[Tensor], indices: range, features: Tensor | None = None) -> EncoderState:
+        """Run some blocks from the tokens at the end of `kept`, which is edited; return the tokens after them."""
+        tokens = kept.pop()
+        for i in indices:
+            tokens = self._run_block(i, self._prompted(i, tokens, features))
+            if self._keeps(i):
+                kept.append(tokens)
+        return (tokens,)
+
+    def _keeps(self, index: int) -> bool:
+        """Tell whether the grid after a block is read later on: by the neck, or by `side`, which reads them all."""
+        return self.side is not None or index in self.neck_taps
+
+    def _prompted(self, index: int, grid: Tensor, features: Tensor | None) -> Tensor:
+        return grid if self.prompter is None else grid + self.prompter(index, features)
+
+    def _run_block(self, index: int, *inputs: Any) -> Tensor:
         if self.checkpointing and self.training and torch.is_grad_enabled():
             # Non-reentrant: the reentrant kind gives wrong gradients of losses that layers leave on themselves.
-            tokens = checkpoint(self.blocks[index], tokens, use_reentrant=False)
-        else:
-            tokens = self.blocks[index](tokens)
-        return tokens if self.side is None else self.side(index, tokens)
+            tokens: Tensor = checkpoint(self.blocks[index], *inputs, use_reentrant=False)
+            return tokens
+        tokens = self.blocks[index](*inputs)
+        return tokens
 
 
 def choose_taps(asked: Sequence[int] | None, depth: int) -> tuple[int, ...]:

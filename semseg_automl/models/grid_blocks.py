@@ -8,10 +8,11 @@ does: a wrapper of the block, and a projection in the place of its ``attn.qkv``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+
+from semseg_automl.models.encoder import Seam, block_seams
 
 
 class GridProjection(nn.Module):
@@ -71,6 +72,20 @@ class GridBlock(nn.Module):
         found = getattr(getattr(self.block, "attn", None), "qkv", None)
         return found if isinstance(found, GridProjection) else None
 
+    def seams(self) -> dict[str, Seam]:
+        """Return the block's seams, see `semseg_automl.models.encoder.block_seams`.
+
+        ``qkv`` is there only inside a `GridProjection`. ``prompts`` is the attention over a sequence, to which prompts
+        may be prepended.
+        """
+        found = block_seams(self.block)
+        found.pop("qkv", None)
+        if self.projection is not None:
+            found["qkv"] = Seam(self.projection, "qkv", in_windows=self.window > 0)
+            if not self.on_grid:
+                found["prompts"] = Seam(self.block, "attn")
+        return found
+
     def forward(self, tokens: Tensor, grid: tuple[int, int], rotary: Tensor | None = None) -> Tensor:
         """Map tokens ``(B, P + H * W, C)`` of a `grid` ``(H, W)`` to tokens of the same shape."""
         projection = self.projection
@@ -81,16 +96,3 @@ class GridBlock(nn.Module):
             return out
         out = self.block(tokens) if rotary is None else self.block(tokens, rope=rotary)
         return out
-
-
-@dataclass(frozen=True)
-class AttentionSeam:
-    """What a PEFT method gets of a foreign block: ``attn.qkv`` may be replaced, and nothing else is there.
-
-    Frozen, so that a method which would wrap ``attn`` itself fails instead of changing nothing.
-
-    Attributes:
-        attn: holder of the projection ``qkv``.
-    """
-
-    attn: GridProjection

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from semseg_automl.errors import CheckpointError, ConfigError
 from semseg_automl.models.attention import RelativeAttention
-from semseg_automl.models.encoder import TokenEncoder
+from semseg_automl.models.encoder import Seam, TokenEncoder
 from semseg_automl.models.layers import LayerNorm2d, interpolate_position
 from semseg_automl.models.sam_names import to_sam_names
 
@@ -109,6 +109,14 @@ class SamViT(TokenEncoder):
         """Turn the last block's tokens into embeddings ``(B, out_channels, H / 16, W / 16)``."""
         embeddings: Tensor = self.neck(tapped[0].permute(0, 3, 1, 2))
         return embeddings
+
+    def neck_seams(self) -> list[Seam]:
+        """Return the neck's four layers: two convolutions, each with its normalisation."""
+        return [Seam(self.neck, str(index)) for index in range(len(self.neck))]
+
+    def patch_seam(self) -> Seam:
+        """Return the convolution that embeds patches."""
+        return Seam(self.patch_embed, "proj")
 
     def load_pretrained(self, state: dict[str, Tensor], *, source: str) -> None:
         """Fill the encoder from SAM's weights, in the names of ``segment_anything`` or of ``transformers``.

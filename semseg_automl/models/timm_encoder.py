@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from semseg_automl.errors import CheckpointError, ConfigError, UnsupportedCombination, nearest
-from semseg_automl.models.encoder import Encoder, EncoderState, TokenEncoder, choose_taps
-from semseg_automl.models.grid_blocks import AttentionSeam, GridBlock
+from semseg_automl.models.encoder import Encoder, EncoderState, Seam, TokenEncoder, choose_taps
+from semseg_automl.models.grid_blocks import GridBlock
 from semseg_automl.models.pyramid import FeaturePyramid, freeze_statistics
 from semseg_automl.models.tiny_vit import MultiBlockNeck
 
@@ -305,33 +304,30 @@ class TimmViT(TokenEncoder):
         embeddings: Tensor = self.neck([norm(tokens) for tokens in tapped])
         return embeddings
 
-    def begin(self, images: Tensor, stage: int) -> EncoderState:
-        """Encode normalised images ``(B, 3, H, W)`` up to `stage`, 0 to `last_stage`."""
-        grid = images.shape[-2] // self.stride, images.shape[-1] // self.stride
-        return self._advance(self._split(self.embed(images), grid), 0, stage)
+    def close(self, tokens: Tensor, images: Tensor) -> EncoderState:
+        """Cut tokens ``(B, P + H * W, C)`` of images into prefix, if there is one, and grid ``(B, H, W, C)``."""
+        return self._split(tokens, (images.shape[-2] // self.stride, images.shape[-1] // self.stride))
 
     def _split(self, tokens: Tensor, grid: tuple[int, int]) -> EncoderState:
         """Cut tokens ``(B, P + H * W, C)`` into prefix, if there is one, and grid ``(B, H, W, C)``."""
         spatial = tokens[:, self.prefix_tokens :].unflatten(1, grid)
         return (tokens[:, : self.prefix_tokens], spatial) if self.prefix_tokens else (spatial,)
 
-    def _advance(self, state: EncoderState, stage: int, to: int) -> EncoderState:
-        """Take the state of one stage to a later one."""
-        depth = len(self.blocks)
-        if stage == to or stage >= depth:
-            return super()._advance(state, stage, to)
-        parts = 2 if self.prefix_tokens else 1
-        tapped, (*prefix, spatial) = list(state[:-parts]), state[-parts:]
+    def _run_blocks(self, kept: list[Tensor], indices: range, features: Tensor | None = None) -> EncoderState:
+        """Run some blocks from prefix and grid at the end of `kept`, which is edited; return both after them."""
+        spatial = kept.pop()
         grid = int(spatial.shape[1]), int(spatial.shape[2])
+        prefix = [kept.pop()] if self.prefix_tokens else []
         tokens = torch.cat([*prefix, spatial.flatten(1, 2)], dim=1)
         rotary = self._rotary(grid)
-        for i in range(stage, min(to, depth)):
-            tokens = self._run_grid_block(i, tokens, grid, rotary[i])
-            if i in self.neck_taps:
-                tapped.append(self._split(tokens, grid)[-1])
-        if to < depth:
-            return (*tapped, *self._split(tokens, grid))
-        return super()._advance(tuple(tapped), depth, to)
+        for i in indices:
+            if self.prompter is not None:
+                *prefix, spatial = self._split(tokens, grid)
+                tokens = torch.cat([*prefix, self._prompted(i, spatial, features).flatten(1, 2)], dim=1)
+            tokens = self._run_block(i, tokens, grid, rotary[i])
+            if self._keeps(i):
+                kept.append(self._split(tokens, grid)[-1])
+        return self._split(tokens, grid)
 
     def _rotary(self, grid: tuple[int, int]) -> list[Tensor | None]:
         """Return each block's rotary positions for a grid ``(H, W)``; None for a model without."""
@@ -341,31 +337,14 @@ class TimmViT(TokenEncoder):
         positions = self.trunk.rope.get_embed(shape=list(grid))
         return list(positions) if getattr(self.trunk, "rope_mixed", False) else [positions] * depth
 
-    def _run_grid_block(self, index: int, tokens: Tensor, grid: tuple[int, int], rotary: Tensor | None) -> Tensor:
-        if self.checkpointing and self.training and torch.is_grad_enabled():
-            # Non-reentrant: the reentrant kind gives wrong gradients of losses that layers leave on themselves.
-            tokens = checkpoint(self.blocks[index], tokens, grid, rotary, use_reentrant=False)
-        else:
-            tokens = self.blocks[index](tokens, grid, rotary)
-        if self.side is None:
-            return tokens
-        *prefix, spatial = self._split(tokens, grid)
-        return torch.cat([*prefix, self.side(index, spatial).flatten(1, 2)], dim=1)
+    def seams(self) -> list[dict[str, Seam]]:
+        """Return the seams of each block, see `block_seams`."""
+        return [block.seams() if isinstance(block, GridBlock) else {} for block in self.blocks]
 
-    def attention_blocks(self, method: str) -> list[Any]:
-        """Return one `AttentionSeam` per block for the PEFT method that asks.
-
-        Raises:
-            UnsupportedCombination: a block has no linear ``attn.qkv`` to adapt.
-        """
-        projections = [block.projection for block in self.blocks if isinstance(block, GridBlock)]
-        seams = [AttentionSeam(projection) for projection in projections if projection is not None]
-        if len(seams) != len(self.blocks):
-            raise UnsupportedCombination(
-                f"optim.peft is '{method}', which adapts the fused attn.qkv of transformer blocks; timm's "
-                f"'{self.name}' has none. Methods that work with it: decoder_only, full."
-            )
-        return seams
+    def patch_seam(self) -> Seam | None:
+        """Return the layer that embeds patches; None where that is no single layer."""
+        found = getattr(self.trunk.patch_embed, "proj", None)
+        return Seam(self.trunk.patch_embed, "proj") if isinstance(found, nn.Conv2d | nn.Linear) else None
 
     def load_pretrained(self, state: dict[str, Tensor], *, source: str) -> None:
         """Fill everything but the neck from timm's tensors; position embeddings of another grid are resized.

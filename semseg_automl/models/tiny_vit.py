@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from semseg_automl.errors import CheckpointError, ConfigError
-from semseg_automl.models.encoder import TokenEncoder, choose_taps
+from semseg_automl.models.attention import project_padded
+from semseg_automl.models.encoder import Seam, TokenEncoder, choose_taps
 from semseg_automl.models.layers import (
     LayerNorm2d,
     attend,
@@ -29,22 +30,45 @@ IMAGENET_STD = (58.395, 57.12, 57.375)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over a grid, with the fused ``qkv`` projection that LoRA methods adapt."""
+    """Multi-head self-attention over a grid or within its windows, with the fused ``qkv`` that LoRA methods adapt.
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    Args:
+        dim: width of the tokens.
+        num_heads: attention heads.
+        window_size: tokens per window side; 0 for attention over the whole grid. A grid that windows do not divide is
+            filled up with zeros, as in SAM.
+    """
+
+    takes_prompts = True
+
+    def __init__(self, dim: int, num_heads: int, window_size: int = 0) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.window_size = window_size
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Attend within each grid of ``(B, H, W, dim)``."""
-        batch, height, width, dim = x.shape
-        qkv = self.qkv(x).view(batch, height * width, 3, self.num_heads, dim // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        out = attend(q, k, v).transpose(1, 2)
-        projected: Tensor = self.proj(out.reshape(batch, height, width, dim))
-        return projected
+    def forward(self, x: Tensor, prompts: Tensor | None = None) -> Tensor:
+        """Attend within ``(B, H, W, dim)``, and to ``prompts (P, dim)`` from everywhere; returns ``(B, H, W, dim)``."""
+        size = x.shape[1:3]
+        if self.window_size:
+            projected = project_padded(self.qkv, x, self.window_size)
+            windows, padded = window_partition(projected, self.window_size)
+            attended = window_unpartition(self._attend(windows, prompts), self.window_size, padded, size)
+        else:
+            attended = self._attend(self.qkv(x), prompts)
+        projected_back: Tensor = self.proj(attended)
+        return projected_back
+
+    def _attend(self, qkv: Tensor, prompts: Tensor | None) -> Tensor:
+        """Attend within each grid of projected ``qkv (B, H, W, 3 dim)``; returns ``(B, H, W, dim)``."""
+        batch, height, width, channels = qkv.shape
+        heads = qkv.reshape(batch, height * width, 3, self.num_heads, -1)
+        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
+        if prompts is not None:
+            further = self.qkv(prompts).view(1, prompts.shape[0], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+            k, v = (torch.cat([x, y.expand(batch, -1, -1, -1)], dim=2) for x, y in ((k, further[1]), (v, further[2])))
+        return attend(q, k, v).transpose(1, 2).reshape(batch, height, width, channels // 3)
 
 
 class Mlp(nn.Module):
@@ -67,20 +91,13 @@ class Block(nn.Module):
     def __init__(self, dim: int, num_heads: int, *, mlp_ratio: float = 4.0, window_size: int = 0) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, num_heads)
+        self.attn = Attention(dim, num_heads, window_size)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.window_size = window_size
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens ``(B, H, W, dim)`` to tokens of the same shape."""
-        normed = self.norm1(x)
-        if self.window_size:
-            windows, padded_size = window_partition(normed, self.window_size)
-            attended = window_unpartition(self.attn(windows), self.window_size, padded_size, x.shape[1:3])
-        else:
-            attended = self.attn(normed)
-        x = x + attended
+        x = x + self.attn(self.norm1(x))
         out: Tensor = x + self.mlp(self.norm2(x))
         return out
 
@@ -219,6 +236,10 @@ class TinyViT(TokenEncoder):
         """Turn the tapped token grids into embeddings ``(B, out_channels, H / stride, W / stride)``."""
         embeddings: Tensor = self.neck(tapped)
         return embeddings
+
+    def patch_seam(self) -> Seam | None:
+        """Return the layer that embeds patches; None with a stack of convolutions."""
+        return Seam(self.patch_embed, "proj") if isinstance(self.patch_embed, PatchEmbed) else None
 
     def load_pretrained(self, state: dict[str, Tensor], *, source: str) -> None:
         """Fill patch embedding, position embedding and blocks from a plain ViT in timm's naming (DeiT, MAE, ...).

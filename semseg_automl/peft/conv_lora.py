@@ -21,8 +21,9 @@ from torch.nn import functional as F  # noqa: N812
 
 from semseg_automl.errors import ConfigError
 from semseg_automl.models.attention import pad_projected
+from semseg_automl.models.encoder import Seam
 from semseg_automl.models.layers import window_partition, window_unpartition
-from semseg_automl.peft.lora import Lora, add_low_rank, check_rank
+from semseg_automl.peft.lora import Lora, LoraLinear, Scaling, refuse_cut_windows
 
 Activation = Literal["gelu", "none"]
 Interpolation = Literal["bicubic", "bilinear"]
@@ -124,10 +125,10 @@ def squared_variation(values: Tensor) -> Tensor:
     return values.var() / (values.mean() ** 2 + 1e-10)
 
 
-class ConvLoraLinear(nn.Module):
+class ConvLoraLinear(LoraLinear):
     """A frozen linear layer with Conv-LoRA's correction, on token grids ``(B, H, W, in)``.
 
-    ``z = A x``, ``z <- z + E_g(z)``, ``h = W0 x + (alpha / r) B z`` (equations 2 to 4 of the paper), where expert i
+    ``z = A x``, ``z <- z + E_g(z)``, ``h = W0 x + s B z`` (equations 2 to 4 of the paper), where expert i
     is ``Down_i(GELU(Conv3x3(Up_i(z))))`` and ``E_g`` the expert that the gate chose for the sample. In SAM's windowed
     blocks B counts windows: gate and convolution work per window there.
 
@@ -140,14 +141,18 @@ class ConvLoraLinear(nn.Module):
 
     Args:
         base: the linear layer to correct; it is kept, not copied.
-        rank: r, the width of the bottleneck.
-        alpha: scale of the correction, divided by `rank`.
+        rank: see `LoraLinear`.
+        alpha: see `LoraLinear`.
+        scaling_rule: see `LoraLinear`.
+        dora: see `LoraLinear`; the length is that of ``W0 + s B A``, the experts left out.
         experts: M, the number of experts; expert i works at scale i = 1 .. M.
         activation: ``gelu`` as in the reference implementation, ``none`` as the paper's equation reads.
         interpolation: ``bicubic`` or ``bilinear``.
         gate: ``balanced`` is the reference, where only the balancing loss trains the router; ``learned`` lets the
             task's gradient reach it through the chosen expert's softmax probability, straight-through (the value of
             the output is that of ``balanced``).
+        windowed: where attention is within windows, gate and experts see each window alone, as in the paper; False lets
+            them see the whole grid there too.
 
     Raises:
         ConfigError: a value is out of range.
@@ -162,33 +167,30 @@ class ConvLoraLinear(nn.Module):
         *,
         rank: int = 3,
         alpha: float = 32.0,
+        scaling_rule: Scaling = "rank",
+        dora: bool = False,
         experts: int = 8,
         activation: Activation = "gelu",
         interpolation: Interpolation = "bicubic",
         gate: Gate = "balanced",
+        windowed: bool = True,
     ) -> None:
-        super().__init__()
-        check_rank(rank, base)
+        super().__init__(base, rank=rank, alpha=alpha, scaling_rule=scaling_rule, dora=dora)
         check_options(experts, activation, interpolation, gate)
-        self.base = base
-        self.rank = rank
-        self.scaling = alpha / rank
         self.experts = experts
         self.activation = activation
         self.interpolation: Interpolation = interpolation
         self.gate = gate
+        self.windowed = windowed
 
         def empty(*shape: int) -> nn.Parameter:
             return nn.Parameter(base.weight.new_zeros(*shape, dtype=torch.float32))
 
-        self.lora_A = empty(rank, base.in_features)
-        self.lora_B = empty(base.out_features, rank)
         self.w_gate = empty(rank, experts)
         self.w_noise = empty(rank, experts)
         self.expert_weight = empty(experts, rank, rank, 3, 3)
         self.expert_bias = empty(experts, rank)
         if not self.lora_A.is_meta:
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
             for weight in self.expert_weight:
                 nn.init.kaiming_uniform_(weight, a=math.sqrt(5))  # as nn.Conv2d starts
         self.aux_loss = torch.zeros(())
@@ -197,17 +199,21 @@ class ConvLoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(B, H, W, in)`` to ``(B, H, W, out)``; sets `aux_loss` and `chosen_expert`."""
         z = F.linear(x, self.lora_A)
-        return add_low_rank(self.base(x), z + self._mix(z), self.lora_B, self.scaling)
+        return self.correct(self.base(x), z + self._mix(z))
 
     def project_padded(self, x: Tensor, window: int) -> Tensor:
-        """Map ``(B, H, W, in)``, filled up to whole windows with zeros, window by window; ``(B, H', W', out)``.
+        """Map ``(B, H, W, in)``, filled up to whole windows with zeros; returns ``(B, H', W', out)``.
 
         Only tokens of the grid go through the linear layer: the zeros that fill up the last windows leave its bias,
         and zeros in the bottleneck.
         """
-        windows, padded = window_partition(F.linear(x, self.lora_A), window)
-        mixed = window_unpartition(windows + self._mix(windows), window, padded, padded)
-        return add_low_rank(pad_projected(self.base, self.base(x), window), mixed, self.lora_B, self.scaling)
+        z = F.linear(x, self.lora_A)
+        if self.windowed:
+            windows, padded = window_partition(z, window)
+            mixed = window_unpartition(windows + self._mix(windows), window, padded, padded)
+        else:
+            mixed = F.pad(z + self._mix(z), (0, 0, 0, -x.shape[2] % window, 0, -x.shape[1] % window))
+        return self.correct(pad_projected(self.base, self.base(x), window), mixed)
 
     def on_sequence(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Map a sequence ``(B, P + H * W, in)`` to ``(B, P + H * W, out)``; sets `aux_loss` and `chosen_expert`.
@@ -222,7 +228,7 @@ class ConvLoraLinear(nn.Module):
         mixed = (maps + self._mix(maps)).flatten(1, 2)
         if prefix:
             mixed = torch.cat([z[:, :prefix].to(mixed.dtype), mixed], dim=1)
-        return add_low_rank(self.base(x), mixed, self.lora_B, self.scaling)
+        return self.correct(self.base(x), mixed)
 
     def _mix(self, z: Tensor) -> Tensor:
         """Return what the chosen experts add to ``z (B, H, W, r)``."""
@@ -317,43 +323,72 @@ class ConvLora(Lora):
     """Conv-LoRA on the fused ``attn.qkv`` of every block (Zhong et al., ICLR 2024, section 3).
 
     Args:
-        rank: width of the bottleneck.
-        alpha: scale of the correction, divided by `rank`.
         experts: number of convolution experts, of scales 1, 2, ..., `experts`.
         activation: see `ConvLoraLinear`.
         interpolation: see `ConvLoraLinear`.
         gate: see `ConvLoraLinear`.
+        windowed: see `ConvLoraLinear`.
+        rank: see `Lora`, as for the options that follow.
+        alpha: see `Lora`.
+        scaling: see `Lora`.
+        dora: see `Lora`.
+        decoder_rank: see `Lora`.
+        b_lr_ratio: see `Lora`.
         last_blocks: see `Lora`.
     """
 
     name: ClassVar[str] = "conv_lora"
+    not_mergeable: ClassVar[str] = "its experts convolve over the grid, which no linear layer does"
 
     def __init__(
         self,
         *,
-        rank: int = 3,
-        alpha: float = 32.0,
         experts: int = 8,
         activation: Activation = "gelu",
         interpolation: Interpolation = "bicubic",
         gate: Gate = "balanced",
+        windowed: bool = True,
+        rank: int = 3,
+        alpha: float = 32.0,
+        scaling: Scaling = "rank",
+        dora: bool = False,
+        decoder_rank: int = 0,
+        b_lr_ratio: float = 1.0,
         last_blocks: int | None = None,
     ) -> None:
-        super().__init__(rank=rank, alpha=alpha, last_blocks=last_blocks)
+        super().__init__(
+            rank=rank,
+            alpha=alpha,
+            scaling=scaling,
+            dora=dora,
+            decoder_rank=decoder_rank,
+            b_lr_ratio=b_lr_ratio,
+            last_blocks=last_blocks,
+        )
         check_options(experts, activation, interpolation, gate)
         self.experts = experts
         self.activation: Activation = activation
         self.interpolation: Interpolation = interpolation
         self.gate: Gate = gate
+        self.windowed = windowed
 
-    def wrap(self, base: nn.Linear) -> nn.Module:
-        """Return the adapted layer that takes the place of `base`."""
+    def wrap(self, seam: Seam) -> nn.Module:
+        """Return the adapted layer that takes the place of the one at `seam`.
+
+        Raises:
+            UnsupportedCombination: experts are to see the whole grid, which the layer is never handed.
+        """
+        if not self.windowed:
+            refuse_cut_windows(self.name, seam)
         return ConvLoraLinear(
-            base,
+            seam.module,
             rank=self.rank,
             alpha=self.alpha,
+            scaling_rule=self.scaling,
+            dora=self.dora,
             experts=self.experts,
             activation=self.activation,
             interpolation=self.interpolation,
             gate=self.gate,
+            windowed=self.windowed,
         )

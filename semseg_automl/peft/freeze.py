@@ -1,4 +1,4 @@
-"""Methods that add nothing and only choose what trains: decoder-only and full fine-tuning."""
+"""Methods that add nothing and only choose what trains: decoder-only, BitFit and full fine-tuning."""
 
 from __future__ import annotations
 
@@ -12,10 +12,22 @@ class DecoderOnly(PeftMethod):
     """Train the mask decoder alone, the encoder frozen (row "decoder-only" of Conv-LoRA's table 1)."""
 
     name: ClassVar[str] = "decoder_only"
+    frozen_prefix: ClassVar[bool] = True
 
-    def apply(self, encoder: Encoder) -> None:
-        """Freeze the encoder's pretrained parts."""
+    def _adapt(self, encoder: Encoder) -> None:
         freeze_pretrained(encoder)
+
+
+class BitFit(PeftMethod):
+    """Train the encoder's biases (Zaken, Goldberg, Ravfogel, "BitFit", ACL 2022, arXiv 2106.10199, section 3)."""
+
+    name: ClassVar[str] = "bitfit"
+
+    def _adapt(self, encoder: Encoder) -> None:
+        freeze_pretrained(encoder)
+        for name, parameter in encoder.named_parameters():
+            if name.endswith("bias"):  # EVA's q_bias and v_bias among them
+                parameter.requires_grad_(True)
 
 
 class Full(PeftMethod):
@@ -23,6 +35,5 @@ class Full(PeftMethod):
 
     name: ClassVar[str] = "full"
 
-    def apply(self, encoder: Encoder) -> None:
-        """Leave every parameter trainable."""
+    def _adapt(self, encoder: Encoder) -> None:
         encoder.requires_grad_(True)

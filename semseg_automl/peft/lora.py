@@ -6,15 +6,18 @@ The correction is added to the base layer's output in place by one ``addmm``, so
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from semseg_automl.errors import ConfigError
-from semseg_automl.models.encoder import Encoder
+from semseg_automl.errors import ConfigError, UnsupportedCombination
+from semseg_automl.models.encoder import Encoder, Seam
+from semseg_automl.models.mask_decoder import MaskDecoder, TokenAttention
 from semseg_automl.peft.base import PeftMethod, freeze_pretrained
+
+Scaling = Literal["rank", "sqrt_rank"]
 
 
 def check_rank(rank: int, base: nn.Linear) -> None:
@@ -34,17 +37,19 @@ def add_low_rank(output: Tensor, bottleneck: Tensor, lora_b: Tensor, scaling: fl
         output: ``(..., out)``, contiguous, not needed by any other autograd node.
         bottleneck: ``(..., r)``.
         lora_b: ``(out, r)``.
-        scaling: alpha / r.
+        scaling: of the correction.
     """
     out = output.shape[-1]
     flat = output.reshape(-1, out)
-    lora_b = lora_b.to(flat.dtype)
-    flat.addmm_(bottleneck.reshape(-1, bottleneck.shape[-1]).to(flat.dtype), lora_b.t(), alpha=scaling)
+    # Row by row in memory: autograd chooses the order of the product for B's gradient by that, and with the transposed
+    # view it would take (out x N) times (N x r), ten times slower on a processor.
+    rows = lora_b.to(flat.dtype).t().contiguous()
+    flat.addmm_(bottleneck.reshape(-1, bottleneck.shape[-1]).to(flat.dtype), rows, alpha=scaling)
     return flat.view(output.shape)
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer with a low-rank correction: ``h = W0 x + (alpha / r) B A x``.
+    """A frozen linear layer with a low-rank correction: ``h = W0 x + s B A x``.
 
     ``lora_A (r, in)`` starts Kaiming uniform with a = sqrt(5), ``lora_B (out, r)`` at zero, so the layer starts as
     the frozen one, bit for bit.
@@ -52,28 +57,73 @@ class LoraLinear(nn.Module):
     Args:
         base: the linear layer to correct; it is kept, not copied.
         rank: r, the width of the bottleneck.
-        alpha: scale of the correction, divided by `rank`.
+        alpha: numerator of the scale s.
+        scaling_rule: ``rank``: s = alpha / r; ``sqrt_rank``: s = alpha / sqrt(r), which keeps the correction's size as
+            the rank grows (Kalajdzievski, "rsLoRA", 2023, arXiv 2312.03732, equation 4).
+        dora: train the length of each row of the corrected weight apart from its direction, by a parameter
+            ``magnitude (out,)`` (Liu et al., "DoRA", ICML 2024, arXiv 2402.09353, equation 5; the length the direction
+            is divided by counts as constant in the backward pass, section 4.3).
 
     Raises:
         ConfigError: the rank is larger than the layer.
     """
 
-    def __init__(self, base: nn.Linear, *, rank: int = 3, alpha: float = 32.0) -> None:
+    magnitude: nn.Parameter | None
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        *,
+        rank: int = 3,
+        alpha: float = 32.0,
+        scaling_rule: Scaling = "rank",
+        dora: bool = False,
+    ) -> None:
         super().__init__()
         check_rank(rank, base)
         self.base = base
         self.in_features = base.in_features
         self.rank = rank
-        self.scaling = alpha / rank
+        self.alpha = alpha
+        self.scaling_rule: Scaling = scaling_rule
+        self.scaling = alpha / (rank if scaling_rule == "rank" else math.sqrt(rank))
         weight = base.weight
         self.lora_A = nn.Parameter(weight.new_empty(rank, base.in_features, dtype=torch.float32))
         self.lora_B = nn.Parameter(weight.new_zeros(base.out_features, rank, dtype=torch.float32))
         if not self.lora_A.is_meta:
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.magnitude = nn.Parameter(self._lengths()) if dora else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""
-        return add_low_rank(self.base(x), F.linear(x, self.lora_A), self.lora_B, self.scaling)
+        return self.correct(self.base(x), F.linear(x, self.lora_A))
+
+    def correct(self, projected: Tensor, bottleneck: Tensor) -> Tensor:
+        """Add the correction made of ``bottleneck (..., r)`` to the base layer's fresh ``projected (..., out)``."""
+        corrected = add_low_rank(projected, bottleneck, self.lora_B, self.scaling)
+        if self.magnitude is None:
+            return corrected
+        change = (self.magnitude / self._lengths() - 1).to(corrected.dtype)
+        bias = 0 if self.base.bias is None else self.base.bias.to(corrected.dtype)
+        return corrected + change * (corrected - bias)  # exactly `corrected` where the lengths are unchanged
+
+    @torch.no_grad()
+    def _lengths(self) -> Tensor:
+        """Return the length of each row of ``W0 + s B A``, ``(out,)``, without making that matrix."""
+        with torch.autocast(device_type=self.lora_A.device.type, enabled=False):
+            weight = self.base.weight.to(self.lora_A.dtype)
+            cross = ((weight @ self.lora_A.t()) * self.lora_B).sum(dim=1)
+            square = ((self.lora_B @ (self.lora_A @ self.lora_A.t())) * self.lora_B).sum(dim=1)
+            return (weight.square().sum(dim=1) + 2 * self.scaling * cross + self.scaling**2 * square).sqrt()
+
+    @torch.no_grad()
+    def folded(self) -> nn.Linear:
+        """Return `base` with the correction folded into its weight."""
+        lengths = self._lengths()
+        self.base.weight.addmm_(self.lora_B, self.lora_A, alpha=self.scaling)
+        if self.magnitude is not None:
+            self.base.weight.mul_((self.magnitude / lengths)[:, None])
+        return self.base
 
 
 class Lora(PeftMethod):
@@ -81,34 +131,92 @@ class Lora(PeftMethod):
 
     Args:
         rank: width of the bottleneck.
-        alpha: scale of the correction, divided by `rank`.
+        alpha: numerator of the correction's scale.
+        scaling: see `LoraLinear`.
+        dora: see `LoraLinear`.
+        decoder_rank: rank of further corrections on the attention layers of the mask decoder, 0 for none. Where the
+            decoder is pretrained those layers are frozen then, and only their corrections train.
+        b_lr_ratio: learning rate of ``lora_B`` as a multiple of the others' (Hayou, Ghosh, Yu, "LoRA+", ICML 2024,
+            arXiv 2402.12354).
         last_blocks: adapt only so many blocks, the last ones; None for all. What comes before them stays frozen, so its
             features need computing only once per image.
     """
 
     name: ClassVar[str] = "lora"
+    needs: ClassVar[frozenset[str]] = frozenset({"qkv"})
 
-    def __init__(self, *, rank: int = 3, alpha: float = 32.0, last_blocks: int | None = None) -> None:
-        if rank < 1:
-            raise ConfigError(f"optim.lora.rank is {rank}; allowed: 1 or more.")
+    def __init__(
+        self,
+        *,
+        rank: int = 3,
+        alpha: float = 32.0,
+        scaling: Scaling = "rank",
+        dora: bool = False,
+        decoder_rank: int = 0,
+        b_lr_ratio: float = 1.0,
+        last_blocks: int | None = None,
+    ) -> None:
+        if rank < 1 or decoder_rank < 0:
+            raise ConfigError(
+                f"optim.lora.rank is {rank} and decoder_rank {decoder_rank}; allowed: 1 or more, and 0 or more."
+            )
+        if scaling not in ("rank", "sqrt_rank"):
+            raise ConfigError(f"optim.lora.scaling is '{scaling}'; allowed: rank, sqrt_rank.")
+        if not 0 < b_lr_ratio <= 1000:
+            raise ConfigError(f"optim.lora.b_lr_ratio is {b_lr_ratio}; allowed: above 0, up to 1000.")
         self.rank = rank
         self.alpha = alpha
+        self.scaling: Scaling = scaling
+        self.dora = dora
+        self.decoder_rank = decoder_rank
+        self.b_lr_ratio = b_lr_ratio
         self.last_blocks = last_blocks
 
-    def wrap(self, base: nn.Linear) -> nn.Module:
-        """Return the adapted layer that takes the place of `base`."""
-        return LoraLinear(base, rank=self.rank, alpha=self.alpha)
+    def wrap(self, seam: Seam) -> nn.Module:
+        """Return the adapted layer that takes the place of the one at `seam`."""
+        return LoraLinear(seam.module, rank=self.rank, alpha=self.alpha, scaling_rule=self.scaling, dora=self.dora)
 
-    def apply(self, encoder: Encoder) -> None:
-        """Freeze the encoder and wrap each block's ``attn.qkv``.
+    def _adapt(self, encoder: Encoder) -> None:
+        freeze_pretrained(encoder)
+        for seam in self._places(encoder):
+            seam.replace(self.wrap(seam))
+
+    def _fold(self, encoder: Encoder) -> None:
+        for seam in self._places(encoder):
+            seam.replace(seam.module.folded())
+
+    def _places(self, encoder: Encoder) -> list[Seam]:
+        """Return the layers to correct.
 
         Raises:
             ConfigError: `last_blocks` is more than there are.
         """
-        freeze_pretrained(encoder)
-        blocks = encoder.attention_blocks(self.name)
-        adapted = len(blocks) if self.last_blocks is None else self.last_blocks
-        if not 1 <= adapted <= len(blocks):
-            raise ConfigError(f"optim.lora.last_blocks is {adapted}; the encoder has {len(blocks)} blocks.")
-        for block in blocks[-adapted:]:
-            block.attn.qkv = self.wrap(block.attn.qkv)
+        places = [seams["qkv"] for seams in encoder.seams()]
+        adapted = len(places) if self.last_blocks is None else self.last_blocks
+        if not 1 <= adapted <= len(places):
+            raise ConfigError(f"optim.lora.last_blocks is {adapted}; the encoder has {len(places)} blocks.")
+        return places[-adapted:]
+
+    def apply_to_decoder(self, decoder: MaskDecoder, *, pretrained: bool) -> None:
+        """Put low-rank corrections beside the decoder's attention layers, if there are to be any."""
+        if not self.decoder_rank:
+            return
+        for attention in (m for m in decoder.transformer.modules() if isinstance(m, TokenAttention)):
+            for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+                base: nn.Linear = getattr(attention, name)
+                base.requires_grad_(not pretrained)
+                alpha = self.alpha * self.decoder_rank / self.rank
+                setattr(attention, name, LoraLinear(base, rank=self.decoder_rank, alpha=alpha))
+
+    def learning_rate_ratio(self, parameter_name: str) -> float:
+        """Return the parameter's learning rate as a multiple of the plan's."""
+        return self.b_lr_ratio if parameter_name.endswith("lora_B") else 1.0
+
+
+def refuse_cut_windows(method: str, seam: Seam) -> None:
+    """Raise `UnsupportedCombination` where a layer cannot see the grid whole."""
+    if seam.in_windows:
+        raise UnsupportedCombination(
+            f"optim.lora.windowed is false with optim.peft='{method}', but this encoder hands its layers one window at "
+            "a time. Leave it out, or use sam_vit_b, sam_vit_l or sam_vit_h."
+        )
