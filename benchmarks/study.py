@@ -76,7 +76,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "conv_lora_dora": {"optim.peft": "conv_lora", "optim.lora.dora": True},
     "conv_lora_rs": {"optim.peft": "conv_lora", "optim.lora.scaling": "sqrt_rank"},
     "conv_lora_plus": {"optim.peft": "conv_lora", "optim.lora.b_lr_ratio": 4},
-    "conv_lora_rank3": {"optim.peft": "conv_lora", "optim.lora.rank": 3},
 }
 """Name to hyperparameters over the preset "fast"; what is not named here is the plan's own choice."""
 

@@ -22,6 +22,7 @@ from semseg_automl.models.sam import SamViT
 from semseg_automl.models.sam_names import to_sam_names
 from semseg_automl.models.segmentation_model import SegmentationModel
 from semseg_automl.peft import METHODS, PeftMethod
+from semseg_automl.peft.interchange import load_adapter
 from semseg_automl.plan import Plan
 
 
@@ -30,8 +31,8 @@ def build_model(plan: Plan, *, pretrained: bool = True) -> SegmentationModel:
 
     Args:
         plan: the decisions.
-        pretrained: read ``plan.checkpoint``, if there is one; False leaves random weights for a bundle to fill, and
-            opens no file.
+        pretrained: read ``plan.checkpoint`` and ``plan.adapter``, where there are any; False leaves random weights for
+            a bundle to fill, and opens no file.
 
     Raises:
         CheckpointError: the checkpoint cannot be read or belongs to another architecture.
@@ -48,9 +49,12 @@ def build_model(plan: Plan, *, pretrained: bool = True) -> SegmentationModel:
     method = build_method(plan.peft, plan.peft_options)
     method.apply(encoder)
     method.apply_to_decoder(decoder, pretrained=plan.checkpoint is not None and isinstance(encoder, SamViT))
+    model = SegmentationModel(encoder, decoder)
+    if plan.adapter is not None and pretrained:
+        load_adapter(model, plan.adapter)
     if plan.merged:
         method.merge(encoder)
-    return SegmentationModel(encoder, decoder)
+    return model
 
 
 def _build_encoder(plan: Plan) -> Encoder:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import yaml
@@ -20,14 +20,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from semseg_automl.build import build_model
-from semseg_automl.errors import BundleError, SemsegError
+from semseg_automl.errors import BundleError, ConfigError, SemsegError, check_known
 from semseg_automl.models.segmentation_model import SegmentationModel
 from semseg_automl.peft import trainable_parameters
+from semseg_automl.peft.interchange import to_autogluon, write_hf_adapter
 from semseg_automl.plan import Plan
 from semseg_automl.task import SegmentationTask
 from semseg_automl.version import __version__
 
 FORMAT = 1
+AdapterFormat = Literal["autogluon", "peft"]
 MAX_YAML_BYTES = 16 * 2**20
 
 # What building a network from senseless sizes raises: negative, zero, or too large to count even without memory.
@@ -79,6 +81,35 @@ def save_bundle(path: str | Path, bundle: Bundle, *, frozen_too: bool = True) ->
         raise BundleError(
             f"cannot write '{folder}' ({error}). Check space and permissions, or use another path."
         ) from error
+
+
+def write_adapter(path: str | Path, model: SegmentationModel, *, format: AdapterFormat) -> None:
+    """Write what a fine-tuning method learned for other software.
+
+    Args:
+        path: a safetensors file for ``autogluon``, a folder for ``peft``.
+        model: the network with its trained weights.
+        format: ``autogluon`` (adapters and mask decoder in AutoGluon MultiModal's names) or ``peft`` (LoRA in the files
+            of Hugging Face PEFT).
+
+    Raises:
+        ConfigError: the format is unknown, or the path does not fit it.
+        UnsupportedCombination: the format cannot hold this method; one that can is named.
+        BundleError: the file cannot be written.
+        CheckpointError: the folder cannot be written.
+    """
+    check_known("adapter format", format, get_args(AdapterFormat))
+    if format == "autogluon" and Path(path).suffix != ".safetensors":
+        raise ConfigError(f"'{path}' is to hold tensors; give a file name that ends in .safetensors.")
+    try:
+        if format == "peft":
+            write_hf_adapter(path, model)
+        else:
+            tensors = {name: tensor.contiguous() for name, tensor in to_autogluon(model).items()}
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            _write_tensors(Path(path), tensors)
+    except (OSError, SafetensorError) as error:
+        raise BundleError(f"cannot write '{path}' ({error}). Check space and permissions.") from error
 
 
 def load_bundle(path: str | Path) -> Bundle:

@@ -129,12 +129,16 @@ def info(
     """Describe a saved segmentor, or this machine and the presets."""
     if bundle is not None:
         from semseg_automl.estimator import SemanticSegmentor
+        from semseg_automl.peft.usage import usage_summary
 
         segmentor = SemanticSegmentor.load(bundle)
         summary = segmentor.fit_summary()
         summary.pop("history")
+        usage = summary.pop("expert_usage")
         print(segmentor.task_)
         print("\n".join(f"{key:22} {value}" for key, value in summary.items()))
+        if usage:
+            print(usage_summary(usage))
         print(segmentor.plan_)
         return
     from semseg_automl.config import list_presets

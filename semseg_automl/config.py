@@ -58,8 +58,14 @@ class ModelConfig(_Section):
     )
     pretrained: bool = Field(True, description="False: random weights, for encoders with published ones too.")
     accept_license: str | None = Field(None, description="Licence of published weights that restrict their use.")
+    adapter: str | None = Field(
+        None, description="Adapter to start from: AutoGluon's checkpoint, or the folder of a LoRA of Hugging Face PEFT."
+    )
     input_size: Auto | int | tuple[int, int] = Field(
         "auto", description="Side or (height, width) in pixels that images are resized to; divisible by the stride."
+    )
+    window_size: NonNegativeInt = Field(
+        0, description="Side in tokens of attention windows in tiny_vit with a checkpoint; 0: global attention."
     )
     multiclass_head: Auto | Literal["class_tokens", "queries"] = Field(
         "auto", description="One mask token per class, or queries with a classification layer."

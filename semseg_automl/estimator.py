@@ -18,25 +18,23 @@ from sklearn.base import BaseEstimator
 from sklearn.exceptions import NotFittedError as SklearnNotFittedError
 from torch import Tensor
 
-from semseg_automl.build import seeded_model
-from semseg_automl.bundle import Bundle, load_bundle, save_bundle
-from semseg_automl.callbacks import TrainingResult, Weights
+from semseg_automl.build import build_method
+from semseg_automl.bundle import AdapterFormat, Bundle, load_bundle, save_bundle, write_adapter
 from semseg_automl.config import Config, load_config
 from semseg_automl.data.images import ImageSource
 from semseg_automl.data.table import MaskTable, RowCheck, check_rows, read_images, read_table, split_holdout
 from semseg_automl.errors import BundleError, ConfigError, SemsegError
 from semseg_automl.evaluation import check_values, save_masks, score_table
+from semseg_automl.fitting import fit_bundle
 from semseg_automl.hardware import detect_hardware
 from semseg_automl.inference import FailedPrediction, OnError, Predictor
 from semseg_automl.metrics import DEFAULT_METRICS, build_metrics
 from semseg_automl.models.facts import encoder_facts
 from semseg_automl.models.segmentation_model import hard_labels
 from semseg_automl.peft import count_parameters
-from semseg_automl.peft.usage import usage_summary
 from semseg_automl.plan import DataStats, Plan, make_plan
-from semseg_automl.report import save_expert_usage
 from semseg_automl.task import SegmentationTask, infer_task
-from semseg_automl.training import check_trainer_options, data_module, train
+from semseg_automl.training import check_trainer_options
 
 Table = pd.DataFrame | str | PathLike[str]
 Images = Table | ImageSource | Sequence[ImageSource]
@@ -209,6 +207,7 @@ class SemanticSegmentor(BaseEstimator):  # type: ignore[misc]
             checkpoint=asked.checkpoint,
             pretrained=asked.pretrained,
             accept_license=asked.accept_license,
+            window_size=asked.window_size,
         )
         only_metric = self.eval_metric if isinstance(self.eval_metric, str) else None
         plan = make_plan(
@@ -226,63 +225,24 @@ class SemanticSegmentor(BaseEstimator):  # type: ignore[misc]
         return plan
 
     def _train(self, table: MaskTable, validation: MaskTable, deadline: float | None, settings: dict[str, Any]) -> None:
-        """Build, train, keep the best weights in memory and on disk."""
-        plan, task = self.plan_, self.task_
-        model = seeded_model(plan)
+        """Fit the plan, keep the best weights in memory and on disk."""
         stamped = Path("runs") / f"segmentor-{datetime.now():%Y%m%d-%H%M%S}"
         self.path_ = Path(self.path) if self.path is not None else stamped
-        self.threshold_ = 0.5
-        result = TrainingResult()
-        saved = False
-
-        def on_best(weights: Weights) -> None:
-            nonlocal saved
-            save_bundle(self.path_, Bundle(model, plan, task, self._record(result)), frozen_too=not saved)
-            saved = True
-
-        trainable, total = count_parameters(model)
-        self._say(
-            f"{plan.peft} on {plan.encoder}: {trainable:,} of {total:,} parameters train ({trainable / total:.2%})"
-        )
-        settings.setdefault("default_root_dir", str(self.path_))
-        train(
-            model,
-            plan,
-            task,
-            data_module(plan, task, table, validation),
-            result=result,
-            on_best=on_best,
-            on_epoch=self._say_epoch,
-            on_notice=self._say,
-            cache_folder=self.path_ / "features",
+        bundle = fit_bundle(
+            self.plan_,
+            self.task_,
+            table,
+            validation,
+            self.path_,
+            settings={key: getattr(self, key) for key in KEPT_SETTINGS},
+            say=self._say,
             deadline=deadline,
             trainer_options=settings,
             progress_bar=self.verbosity >= 2,
         )
-        bundle = Bundle(model, plan, task, self._record(result))
-        save_bundle(self.path_, bundle, frozen_too=not saved)
         self._adopt(bundle)
-        self._say(
-            f"stopped by {result.stopped_by}; best {plan.validation_metric} {result.best_score:.4f} in epoch "
-            f"{result.best_epoch}; saved in {self.path_}"
-        )
-        if result.expert_usage:
-            self._say(usage_summary(result.expert_usage))
-        save_expert_usage(self.path_, result.expert_usage)
-        if result.stopped_by == "interrupt":
+        if bundle.record["stopped_by"] == "interrupt":
             raise KeyboardInterrupt("fit was interrupted; the best state so far is fitted and saved")
-
-    def _record(self, result: TrainingResult) -> dict[str, Any]:
-        """Gather what the bundle keeps beside weights, plan and task."""
-        return {
-            "settings": {key: getattr(self, key) for key in KEPT_SETTINGS},
-            "threshold": self.threshold_,
-            "best_score": result.best_score,
-            "best_epoch": result.best_epoch,
-            "stopped_by": result.stopped_by,
-            "expert_usage": result.expert_usage,
-            "history": result.history,
-        }
 
     def _adopt(self, bundle: Bundle) -> None:
         """Set the fitted attributes from a bundle."""
@@ -394,6 +354,38 @@ class SemanticSegmentor(BaseEstimator):  # type: ignore[misc]
         save_bundle(Path(path), self._bundle)
         return Path(path)
 
+    def merge(self) -> Self:
+        """Fold what the fine-tuning method learned into the encoder's own weights: the same masks, nothing to add.
+
+        Works for methods whose correction is linear (lora, ssf) or that train the weights themselves. `save` writes
+        the merged segmentor; the folder that `fit` wrote stays as it is.
+
+        Raises:
+            UnsupportedCombination: the method cannot be folded; the message says why.
+        """
+        self._fitted()
+        if not self.plan_.merged:
+            build_method(self.plan_.peft, self.plan_.peft_options).merge(self._bundle.model.encoder)
+            self.plan_ = self._bundle.plan = self.plan_.model_copy(update={"merged": True})
+        return self
+
+    def export_adapter(self, path: str | PathLike[str], *, format: AdapterFormat = "autogluon") -> Path:
+        """Write the trained adapter for other software.
+
+        Args:
+            path: a safetensors file for ``autogluon`` (adapters and mask decoder, named as AutoGluon MultiModal names
+                them), a folder for ``peft`` (plain LoRA as Hugging Face PEFT keeps it).
+            format: ``autogluon`` or ``peft``.
+
+        Raises:
+            ConfigError: the format is unknown.
+            UnsupportedCombination: the format cannot hold this method; one that can is named.
+            BundleError, CheckpointError: the file or folder cannot be written.
+        """
+        self._fitted()
+        write_adapter(Path(path), self._bundle.model, format=format)
+        return Path(path)
+
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Self:
         """Load a segmentor that `fit` or `save` wrote; needs neither the network nor the original checkpoint.
@@ -440,10 +432,3 @@ class SemanticSegmentor(BaseEstimator):  # type: ignore[misc]
     def _say(self, text: str) -> None:
         if self.verbosity >= 1:
             print(text, flush=True)
-
-    def _say_epoch(self, entry: Mapping[str, float]) -> None:
-        metric = self.plan_.validation_metric
-        self._say(
-            f"epoch {entry['epoch']:.0f}: {entry['seconds']:.0f} s, step {entry['step']:.0f}, "
-            f"train loss {entry.get('train_loss', math.nan):.4f}, {metric} {entry[metric]:.4f}"
-        )

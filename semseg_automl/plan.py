@@ -47,6 +47,7 @@ class Plan(BaseModel):
         peft: fine-tuning method.
         peft_options: its options.
         merged: what it learned is folded into the encoder's own weights.
+        adapter: file or folder of adapter weights that training starts from, or None.
         loss: name of the criterion.
         lr: peak learning rate.
         batch_size: images per optimizer step.
@@ -70,6 +71,7 @@ class Plan(BaseModel):
     peft: str
     peft_options: dict[str, int | float | str | bool]
     merged: bool = False
+    adapter: str | None = None
     loss: str
     lr: float
     weight_decay: float
@@ -158,6 +160,7 @@ def make_plan(
         input_size=input_size,
         peft=peft,
         peft_options=peft_options,
+        adapter=config.model.adapter,
         loss=loss,
         lr=choose_learning_rate(config, encoder, peft, reasons),
         weight_decay=config.optim.weight_decay,

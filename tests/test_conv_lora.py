@@ -231,7 +231,7 @@ def test_conv_lora__compiled_as_one_graph__keeps_output_and_gradients() -> None:
     for a, b in zip(
         torch.autograd.grad(got.sum(), parameters), torch.autograd.grad(expected.sum(), parameters), strict=True
     ):
-        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)  # the eager products are taken in another order
 
 
 def test_squared_variation__single_value__is_zero() -> None:

@@ -25,6 +25,17 @@ def test_encoder_facts__tiny_vit_file__gives_its_architecture(shared: Callable[[
     facts = encoder_facts("tiny_vit", checkpoint=str(shared("weights/deit_tiny_patch16_224.fp16.safetensors")))
     assert (facts.embed_dim, facts.depth, facts.stride) == (192, 12, 16)
     assert facts.options["neck_taps"] == [2, 5, 8, 11]
+    assert facts.options["window_size"] == 0
+
+
+def test_encoder_facts__windows_asked_for__leave_the_tapped_blocks_global(shared: Callable[[str], Path]) -> None:
+    file = str(shared("weights/deit_tiny_patch16_224.fp16.safetensors"))
+    options = encoder_facts("tiny_vit", checkpoint=file, window_size=8).options
+    assert options["window_size"] == 8
+    assert options["global_blocks"] == options["neck_taps"] == [2, 5, 8, 11]
+    for name, checkpoint in (("tiny_vit", None), ("sam_vit_b", "x.pth")):
+        with pytest.raises(ConfigError, match=r"model\.window_size"):
+            encoder_facts(name, checkpoint=checkpoint, window_size=8)
 
 
 def test_encoder_facts__tiny_vit_without_file__is_random() -> None:

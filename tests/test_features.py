@@ -25,12 +25,13 @@ from semseg_automl.models.tiny_vit import TinyViT
 from semseg_automl.peft import trainable_parameters
 from semseg_automl.peft.conv_lora import ConvLora
 from semseg_automl.peft.freeze import DecoderOnly, Full
+from semseg_automl.peft.lst import Lst
 from semseg_automl.plan import Plan
 from semseg_automl.task import SegmentationTask
 from semseg_automl.third_party import lightning
 from semseg_automl.training import data_module, train
 
-STAGES = {"fresh_neck": 3, "frozen_neck": 4, "last_block": 2, "full": 0}
+STAGES = {"fresh_neck": 3, "frozen_neck": 4, "last_block": 2, "lst": 3, "full": 0}
 ROWS, VALIDATION_ROWS, EPOCHS, VIEWS = 8, 3, 4, 2
 
 
@@ -41,7 +42,7 @@ def build(kind: str) -> SegmentationModel:
     encoder.mark_pretrained()
     if kind == "frozen_neck":
         encoder.fresh_parameter_names = frozenset()
-    methods = {"full": Full(), "last_block": ConvLora(rank=2, experts=2, last_blocks=1)}
+    methods = {"full": Full(), "last_block": ConvLora(rank=2, experts=2, last_blocks=1), "lst": Lst()}
     methods.get(kind, DecoderOnly()).apply(encoder)
     return SegmentationModel(encoder, MaskDecoder(32, depth=1, num_heads=2, mlp_dim=32))
 
@@ -129,7 +130,7 @@ def assert_close(got: Run, expected: Run) -> None:
         torch.testing.assert_close(got.weights[name], expected.weights[name], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["fresh_neck", "frozen_neck", "last_block"])
+@pytest.mark.parametrize("kind", ["fresh_neck", "frozen_neck", "last_block", "lst"])
 def test_train__cached_features__give_the_same_weights_from_each_view_encoded_once(setting: Setting, kind: str) -> None:
     assert build(kind).encoder.frozen_stage() == STAGES[kind]
     cached, plain = run(setting, kind, "memory"), run(setting, kind, "off")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from semseg_automl.build import build_method
 from semseg_automl.errors import CheckpointError, ConfigError, UnsupportedCombination
 from semseg_automl.models.checkpoints import read_checkpoint
-from semseg_automl.models.encoder import Encoder, auxiliary_loss
+from semseg_automl.models.encoder import Encoder, Prompter, SideNetwork, auxiliary_loss
 from semseg_automl.models.facts import encoder_facts
 from semseg_automl.models.timm_encoder import (
     TimmViT,
@@ -147,12 +147,12 @@ def test_timm_vit__adapted__starts_as_it_was_and_trains_only_what_was_added(kind
 def test_timm_vit__conv_lora__corrects_the_grid_as_the_layer_does_and_the_prefix_by_lora_alone(kind: str) -> None:
     encoder = vit(kind)
     build_method("conv_lora", {"rank": 2}).apply(encoder)
-    layer = encoder.eval().attention_blocks("conv_lora")[0].attn.qkv
+    seam = encoder.eval().seams()[0]["qkv"]
+    layer = seam.module
     assert isinstance(layer, ConvLoraLinear)
     randomise(layer)
     seen: list[tuple[Tensor, Tensor]] = []
-    projection = encoder.attention_blocks("conv_lora")[0].attn
-    handle = projection.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output.clone())))
+    handle = seam.owner.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output.clone())))
     with torch.no_grad():
         encoder(pictures(encoder, 3, 5))
         handle.remove()
@@ -170,8 +170,11 @@ def test_timm_vit__conv_lora_in_windows__sees_each_window_as_a_grid() -> None:
     build_method("conv_lora", {"rank": 2}).apply(encoder)
     images = pictures(encoder, 4, 5)  # in windows of 3: two by two, filled up
     encoder(images)
-    layers = [seam.attn.qkv for seam in encoder.attention_blocks("conv_lora")]
+    layers = [seams["qkv"].module for seams in encoder.seams()]
     assert [len(layer.chosen_expert) for layer in layers] == [8, 2, 8]
+    assert [seams["qkv"].in_windows for seams in encoder.seams()] == [True, False, True]
+    with pytest.raises(UnsupportedCombination, match=r"windowed is false.*one window at a time"):
+        build_method("conv_lora", {"rank": 2, "windowed": False}).apply(vit("sam"))
 
 
 @pytest.mark.parametrize("kind", ["dinov3", "sam"])
@@ -193,26 +196,52 @@ def pictures_of(seed: int, encoder: Encoder) -> Tensor:
     return pictures(encoder, 3, 5)
 
 
-def test_timm_vit__side__sees_the_grid_after_every_block() -> None:
-    class Side(nn.Module):
-        """Note the shapes, change nothing."""
+@pytest.mark.parametrize("kind", ["dinov2", "pooled", "sam"])  # with prefix tokens, without, a grid in windows
+def test_timm_vit__side__gets_the_grid_after_every_block_and_gives_those_the_neck_reads(kind: str) -> None:
+    class Halves(SideNetwork):
+        seen: list[list[Tensor]]
 
-        shapes: list[tuple[int, ...]]
+        def forward(self, grids: list[Tensor], taps: Sequence[int]) -> list[Tensor]:
+            self.seen.append(grids)
+            return [0.5 * grids[tap] for tap in taps]
 
-        def forward(self, index: int, tokens: Tensor) -> Tensor:
-            """Return the tokens."""
-            self.shapes.append(tuple(tokens.shape))
-            return tokens
-
-    encoder = vit("dinov2")
+    encoder, side = vit(kind, neck_taps=(0, 2)), Halves()
     images = pictures(encoder, 3, 5)
     with torch.no_grad():
-        plain = encoder(images)
-        side = Side()
-        side.shapes = []
+        after = [encoder.begin(images, stage)[-1] for stage in (1, 2, 3)]
+        side.seen = []
         encoder.side = side
-        assert torch.equal(encoder(images), plain)
-    assert side.shapes == [(2, 3, 5, 32)] * 3
+        embeddings = encoder(images)
+        [grids] = side.seen
+        assert [tuple(grid.shape) for grid in grids] == [(2, 3, 5, 32)] * 3
+        assert all(torch.equal(grid, wanted) for grid, wanted in zip(grids, after, strict=True))
+        assert torch.equal(embeddings, encoder.read_out([0.5 * after[0], 0.5 * after[2]]))
+        for stage in range(encoder.last_stage + 1):
+            assert torch.equal(encoder.finish(encoder.begin(images, stage), stage), embeddings)
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "pooled", "sam", "rope_mixed"])
+def test_timm_vit__prompter__adds_to_the_grid_alone_before_each_block(kind: str) -> None:
+    class Ramp(Prompter):
+        def prepare(self, images: Tensor, tokens: Tensor) -> Tensor:
+            return tokens
+
+        def forward(self, index: int, features: Tensor) -> Tensor:
+            return (index + 1) * features
+
+    encoder = vit(kind)
+    images = pictures(encoder, 3, 5)
+    encoder.prompter = Ramp()
+    with torch.no_grad():
+        tokens = encoder.embed(images)
+        first, tapped = tokens[:, encoder.prefix_tokens :], []
+        for i, (block, rotary) in enumerate(zip(encoder.blocks, encoder._rotary((3, 5)), strict=True)):
+            prefix, grid = tokens[:, : encoder.prefix_tokens], tokens[:, encoder.prefix_tokens :]
+            tokens = block(torch.cat([prefix, grid + (i + 1) * first], dim=1), (3, 5), rotary)
+            tapped += [tokens[:, encoder.prefix_tokens :].unflatten(1, (3, 5))] * (i in encoder.neck_taps)
+        expected = encoder.read_out(tapped)
+        for stage in range(encoder.last_stage + 1):
+            torch.testing.assert_close(encoder.finish(encoder.begin(images, stage), stage), expected)
 
 
 def test_timm_vit__autocast_to_bfloat16__is_finite_and_close() -> None:
@@ -234,7 +263,8 @@ def test_timm_vit__training_mode__draws_nothing() -> None:
 
 
 def test_timm_vit__separate_projections__name_the_methods_that_work() -> None:
-    with pytest.raises(UnsupportedCombination, match=r"eva02_base_patch14_224.*decoder_only, full"):
+    working = "decoder_only, bitfit, adapter, lst, sam_adapter, full"
+    with pytest.raises(UnsupportedCombination, match=rf"eva02_base_patch14_224 lacks qkv\. Methods.*: {working}\."):
         build_method("lora", {}).apply(vit("eva02_split"))
     encoder = vit("eva02_split")
     build_method("decoder_only", {}).apply(encoder)
@@ -242,9 +272,18 @@ def test_timm_vit__separate_projections__name_the_methods_that_work() -> None:
     assert encoder.frozen_stage() == 3
 
 
-def test_timm_vit__method_that_would_wrap_the_attention__fails_instead_of_changing_nothing() -> None:
-    with pytest.raises(AttributeError):
-        vit("deit").attention_blocks("other")[0].attn = nn.Identity()
+@pytest.mark.parametrize(
+    ("kind", "missing"),
+    [
+        ("deit", set()),
+        ("dinov3", set()),
+        ("eva02_split", {"qkv", "prompts", "fc1"}),  # separate projections, a gated MLP
+        ("sam", {"prompts"}),  # attention takes the grid itself
+    ],
+)
+def test_timm_vit__parts__are_those_of_its_blocks(kind: str, missing: set[str]) -> None:
+    parts = {"norm1", "qkv", "proj", "norm2", "fc1", "fc2", "prompts", "patch_embed", "tokens"}
+    assert vit(kind).parts() == parts - missing
 
 
 def test_timm_vit__positions_for_one_size_only__is_refused() -> None:

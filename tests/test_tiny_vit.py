@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from semseg_automl.errors import CheckpointError, ConfigError
 from semseg_automl.models.checkpoints import read_checkpoint
+from semseg_automl.models.encoder import Prompter, SideNetwork, block_seams
 from semseg_automl.models.layers import (
     PLAIN_ATTENTION_TOKENS,
     LayerNorm2d,
@@ -87,30 +88,89 @@ def test_tiny_vit__random_weights__are_all_fresh() -> None:
     assert encoder.fresh_parameter_names == {name for name, _ in encoder.named_parameters()}
 
 
-def test_tiny_vit__side_network__sees_the_tokens_after_each_block() -> None:
-    class Recorder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.seen: list[tuple[int, tuple[int, ...]]] = []
+@pytest.mark.parametrize("neck_taps", [(0, 2), (2,)])
+def test_tiny_vit__side_network__gets_the_tokens_after_all_blocks_and_gives_those_the_neck_reads(
+    neck_taps: tuple[int, ...],
+) -> None:
+    class Halves(SideNetwork):
+        """Keep what it is given, and hand half of the tapped grids on."""
 
-        def forward(self, block: int, tokens: Tensor) -> Tensor:
-            self.seen.append((block, tuple(tokens.shape)))
-            return torch.zeros_like(tokens)
+        seen: list[tuple[list[Tensor], tuple[int, ...]]]
 
-    encoder, recorder = tiny(), Recorder()
-    plain = encoder(torch.ones(1, 3, 32, 16))
-    encoder.side = recorder
-    replaced = encoder(torch.ones(1, 3, 32, 16))
-    assert recorder.seen == [(i, (1, 4, 2, 32)) for i in range(3)]
-    assert not torch.allclose(plain, replaced), "what the side network returns takes the tokens' place"
+        def forward(self, grids: list[Tensor], taps: Sequence[int]) -> list[Tensor]:
+            self.seen.append((grids, tuple(taps)))
+            return [0.5 * grids[tap] for tap in taps]
+
+    encoder, side = tiny(neck_taps=neck_taps), Halves()
+    images = torch.randn(1, 3, 32, 16)
+    after = [encoder.begin(images, stage)[-1] for stage in (1, 2, 3)]
+    side.seen = []
+    encoder.side = side
+    embeddings = encoder(images)
+    [(grids, taps)] = side.seen
+    assert taps == neck_taps
+    assert all(torch.equal(grid, wanted) for grid, wanted in zip(grids, after, strict=True))
+    assert torch.equal(embeddings, encoder.neck([0.5 * after[tap] for tap in neck_taps]))
+    side.seen.clear()
+    for stage in range(encoder.last_stage + 1):
+        assert torch.equal(encoder.finish(encoder.begin(images, stage), stage), embeddings)
+
+
+@pytest.mark.parametrize("neck_taps", [(0, 2), (2,)])
+def test_tiny_vit__prompter__adds_to_the_tokens_before_each_block(neck_taps: tuple[int, ...]) -> None:
+    class Ramp(Prompter):
+        """Make features of brightness and tokens, and add them times the block's number."""
+
+        def prepare(self, images: Tensor, tokens: Tensor) -> Tensor:
+            return images.mean() + tokens
+
+        def forward(self, index: int, features: Tensor) -> Tensor:
+            return (index + 1) * features
+
+    encoder = tiny(neck_taps=neck_taps)
+    images = torch.randn(2, 3, 32, 16)
+    encoder.prompter = Ramp()
+    tokens = encoder.embed(images)
+    features = images.mean() + tokens
+    tapped = []
+    for i, block in enumerate(encoder.blocks):
+        tokens = block(tokens + (i + 1) * features)
+        tapped += [tokens] * (i in neck_taps)
+    expected = encoder.neck(tapped)
+    for stage in range(encoder.last_stage + 1):
+        torch.testing.assert_close(encoder.finish(encoder.begin(images, stage), stage), expected)
+
+
+def test_block_seams__layer_replaced__is_the_one_the_block_runs() -> None:
+    block = Block(32, 2)
+    seams = block_seams(block)
+    layers = [block.norm1, block.attn.qkv, block.attn.proj, block.norm2, block.mlp.lin1, block.mlp.lin2, block.attn]
+    assert list(seams) == ["norm1", "qkv", "proj", "norm2", "fc1", "fc2", "prompts"]
+    assert [seam.module for seam in seams.values()] == layers
+    x = torch.randn(1, 4, 4, 32)
+    for seam in seams.values():
+        layer = seam.module
+        seam.replace(nn.Sequential(layer))
+        outputs: list[Tensor] = []
+        seam.module.register_forward_hook(lambda _, __, output, kept=outputs: kept.append(output))
+        block(x)
+        assert len(outputs) == 1
+        seam.replace(layer)
+
+
+def test_parts__one_block_without_a_layer__are_those_that_every_block_has() -> None:
+    encoder = tiny()
+    parts = {"norm1", "qkv", "proj", "norm2", "fc1", "fc2", "prompts", "patch_embed", "tokens"}
+    assert encoder.parts() == parts
+    encoder.blocks[1].mlp = nn.Identity()
+    assert encoder.parts() == parts - {"fc1", "fc2"}
+    assert tiny(conv_stem=True).parts() == parts - {"patch_embed"}
 
 
 @pytest.mark.parametrize(
     ("height", "width", "padded"), [(8, 4, (8, 4)), (5, 7, (8, 8)), (3, 9, (4, 12)), (1, 1, (4, 4))]
 )
-def test_window_partition__unpartitioned__gives_the_grid_back(
-    height: int, width: int, padded: tuple[int, int]
-) -> None:
+def test_window_partition__unpartitioned__gives_the_grid_back(height: int, width: int, padded: tuple[int, int]) -> None:
     x = torch.randn(2, height, width, 3)
     windows, padded_size = window_partition(x, 4)
     assert padded_size == padded

@@ -65,7 +65,12 @@ class EncoderFacts:
 
 
 def encoder_facts(
-    name: str, *, checkpoint: str | None = None, pretrained: bool = True, accept_license: str | None = None
+    name: str,
+    *,
+    checkpoint: str | None = None,
+    pretrained: bool = True,
+    accept_license: str | None = None,
+    window_size: int = 0,
 ) -> EncoderFacts:
     """Look an encoder up. Reads a given checkpoint's shapes for ``tiny_vit``; downloads nothing.
 
@@ -74,14 +79,19 @@ def encoder_facts(
         checkpoint: file of pretrained weights, or None for the published ones where there are any.
         pretrained: False asks for random weights.
         accept_license: of published weights that are not free for every use.
+        window_size: side in tokens of the attention windows of ``tiny_vit`` with a checkpoint; the last block of each
+            quarter of the depth stays global. 0 for global attention everywhere.
 
     Raises:
         CheckpointError: the file cannot be read, or is of another architecture.
-        ConfigError: the name is unknown, `checkpoint` and ``pretrained=False`` exclude each other, or a licence has to
-            be accepted first.
+        ConfigError: the name is unknown, a licence has to be accepted first, or an argument does not fit the others.
     """
     if checkpoint is not None and not pretrained:
         raise ConfigError("model.checkpoint is set and model.pretrained is false. Leave one of them out.")
+    if window_size and (name != "tiny_vit" or checkpoint is None):
+        raise ConfigError(
+            f"model.window_size is {window_size}, which only tiny_vit with a checkpoint takes. Leave it out."
+        )
     if name.startswith(TIMM_PREFIX):
         return _timm_facts(name, checkpoint, pretrained, accept_license)
     if accept_license is not None:
@@ -93,21 +103,24 @@ def encoder_facts(
         reason = why.get(source, "weights as asked")
         return EncoderFacts(name, "sam", {}, 16, size["embed_dim"], size["depth"], source, reason)
     if name == "tiny_vit":
-        return _tiny_vit_facts(checkpoint)
+        return _tiny_vit_facts(checkpoint, window_size)
     known = ["tiny_vit", *SAM_ENCODERS]
     raise ConfigError(
         f"unknown model.encoder '{name}'{nearest(name, known)}. Known: {', '.join(known)}, timm/<name of a timm model>."
     )
 
 
-def _tiny_vit_facts(checkpoint: str | None) -> EncoderFacts:
+def _tiny_vit_facts(checkpoint: str | None, window_size: int) -> EncoderFacts:
     if checkpoint is None:
         shape = dict(SCRATCH_ENCODER)
         why = "no checkpoint: a small encoder that trains from scratch in minutes"
     else:
-        shape = {**plain_vit_shape(read_checkpoint(checkpoint), source=checkpoint), "window_size": 0}
+        shape = {**plain_vit_shape(read_checkpoint(checkpoint), source=checkpoint), "window_size": window_size}
         shape["neck_taps"] = list(choose_taps(None, int(str(shape["depth"]))))
         why = "read off the checkpoint; attention is global, as it was pretrained"
+        if window_size:
+            shape["global_blocks"] = shape["neck_taps"]
+            why = "read off the checkpoint; attention windows as asked"
     stride, width, depth = (int(str(shape[key])) for key in ("patch_size", "embed_dim", "depth"))
     taps = shape["neck_taps"]
     grids = len(taps) if isinstance(taps, list) else 1

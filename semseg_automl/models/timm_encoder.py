@@ -255,6 +255,8 @@ class TimmViT(TokenEncoder):
         self.out_channels = out_channels
         self.neck_taps = choose_taps(neck_taps, depth)
         self.prefix_tokens: int = getattr(vit, "num_prefix_tokens", 0)
+        # Noted here, because a method may put a layer of its own there.
+        self._one_patch_layer = isinstance(getattr(vit.patch_embed, "proj", None), nn.Conv2d | nn.Linear)
         self.blocks = nn.ModuleList(
             GridBlock(block, window=getattr(block, "window_size", 0), on_grid=isinstance(vit, sam))
             for block in vit.blocks
@@ -343,8 +345,7 @@ class TimmViT(TokenEncoder):
 
     def patch_seam(self) -> Seam | None:
         """Return the layer that embeds patches; None where that is no single layer."""
-        found = getattr(self.trunk.patch_embed, "proj", None)
-        return Seam(self.trunk.patch_embed, "proj") if isinstance(found, nn.Conv2d | nn.Linear) else None
+        return Seam(self.trunk.patch_embed, "proj") if self._one_patch_layer else None
 
     def load_pretrained(self, state: dict[str, Tensor], *, source: str) -> None:
         """Fill everything but the neck from timm's tensors; position embeddings of another grid are resized.

@@ -45,8 +45,8 @@ class PeftMethod(ABC):
         if missing:
             raise UnsupportedCombination(
                 f"optim.peft is '{self.name}', which works on {', '.join(sorted(self.needs))} of every block; "
-                f"{type(encoder).__name__} lacks {', '.join(sorted(missing))}. Methods that work with it: "
-                f"{', '.join(_fitting(encoder))}."
+                f"{getattr(encoder, 'name', type(encoder).__name__)} lacks {', '.join(sorted(missing))}. Methods that "
+                f"work with it: {', '.join(_fitting(encoder))}."
             )
         self._adapt(encoder)
 

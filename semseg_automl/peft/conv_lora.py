@@ -199,7 +199,7 @@ class ConvLoraLinear(LoraLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(B, H, W, in)`` to ``(B, H, W, out)``; sets `aux_loss` and `chosen_expert`."""
         z = F.linear(x, self.lora_A)
-        return self.correct(self.base(x), z + self._mix(z))
+        return self.correct(self.project(x), z + self._mix(z)).view(*x.shape[:-1], self.base.out_features)
 
     def project_padded(self, x: Tensor, window: int) -> Tensor:
         """Map ``(B, H, W, in)``, filled up to whole windows with zeros; returns ``(B, H', W', out)``.
@@ -213,7 +213,10 @@ class ConvLoraLinear(LoraLinear):
             mixed = window_unpartition(windows + self._mix(windows), window, padded, padded)
         else:
             mixed = F.pad(z + self._mix(z), (0, 0, 0, -x.shape[2] % window, 0, -x.shape[1] % window))
-        return self.correct(pad_projected(self.base, self.base(x), window), mixed)
+        projected = self.project(x)
+        if mixed.shape != z.shape:
+            projected = pad_projected(self.base, projected.view(*x.shape[:-1], -1), window)
+        return self.correct(projected, mixed).view(*mixed.shape[:-1], -1)
 
     def on_sequence(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Map a sequence ``(B, P + H * W, in)`` to ``(B, P + H * W, out)``; sets `aux_loss` and `chosen_expert`.
@@ -228,7 +231,7 @@ class ConvLoraLinear(LoraLinear):
         mixed = (maps + self._mix(maps)).flatten(1, 2)
         if prefix:
             mixed = torch.cat([z[:, :prefix].to(mixed.dtype), mixed], dim=1)
-        return self.correct(self.base(x), mixed)
+        return self.correct(self.project(x), mixed).view(*x.shape[:-1], self.base.out_features)
 
     def _mix(self, z: Tensor) -> Tensor:
         """Return what the chosen experts add to ``z (B, H, W, r)``."""

@@ -33,10 +33,10 @@ from semseg_automl.peft.conv_lora import ConvLoraLinear
 from semseg_automl.peft.lora import LoraLinear
 
 AUTOGLUON_ALPHA = 32.0  # unless its user changed it; its files do not say
-
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 2**20
 
+_Parts = dict[str, Tensor]  # the tensors of one adapted layer, by our names of its parameters
 _CONV_PARTS = ("w_gate", "w_noise", "expert_weight", "expert_bias")
 _ADAPTER = re.compile(rf"encoder\.blocks\.(\d{{1,4}})\.attn\.qkv\.(lora_A|lora_B|magnitude|{'|'.join(_CONV_PARTS)})")
 
@@ -167,12 +167,11 @@ def from_autogluon(state: Mapping[str, Tensor], *, source: str = "the checkpoint
 
 def _sam_names(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     """Drop AutoGluon's prefix and name its tensors as segment_anything does; the class head already as ours."""
-    anchor = "vision_encoder."
-    prefixes = {name[: name.index(anchor)] for name in state if anchor in name}
+    prefixes = {name.partition("vision_encoder.")[0] for name in state if "vision_encoder." in name}
     if len(prefixes) != 1:
         raise CheckpointError(
-            f"{source} is no SAM of AutoGluon's: its names are {list(state)[:3]}, ..., with '{anchor}' after the prefixes "
-            f"{sorted(prefixes)}, one is needed. Give the model.ckpt that AutoGluon wrote, or a folder that PEFT wrote."
+            f"{source} is no SAM of AutoGluon's: its names are {list(state)[:3]}, ..., with 'vision_encoder.' under "
+            f"the prefixes {sorted(prefixes)}, not one. Give the model.ckpt of AutoGluon, or a folder that PEFT wrote."
         )
     prefix = prefixes.pop()
     inner = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
@@ -186,8 +185,8 @@ def _stacked(name: str, experts: dict[int, Tensor], source: str) -> Tensor:
     shapes = {tuple(tensor.shape) for tensor in experts.values()}
     if sorted(experts) != list(range(len(experts))) or len(shapes) != 1:
         raise CheckpointError(
-            f"{source} is damaged: '{name}' is there for experts {sorted(experts)} in shapes {sorted(shapes)}; needed are "
-            "0, 1, ... in one shape. Write it again."
+            f"{source}: '{name}' has experts {sorted(experts)} of shapes {sorted(shapes)}, needed are 0, 1, ... of one "
+            "shape. It is damaged; write it again."
         )
     return torch.stack([experts[e] for e in range(len(experts))])
 
@@ -209,8 +208,7 @@ def write_hf_adapter(folder: str | Path, model: SegmentationModel) -> None:
     first = next(iter(layers.values()))
     if isinstance(first, ConvLoraLinear):
         raise UnsupportedCombination(
-            "optim.peft is 'conv_lora', and PEFT's format has no place for its experts. For SAM there is AutoGluon's, "
-            "which has (to_autogluon); optim.peft='lora' can be written here."
+            "optim.peft is conv_lora, and PEFT's format cannot hold its experts. AutoGluon's can: use to_autogluon."
         )
     places = {f"{_hf_root(model.encoder)}.{index}.attn.qkv": layer for index, layer in layers.items()}
     tensors = {
@@ -262,6 +260,9 @@ def _read_hf(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], set[str]]
             raise _not_of_qkv(name, f"'{folder}'")
         roots.add(found[1])
         tensors[f"encoder.blocks.{found[2]}.attn.qkv.{ours[found[3]]}"] = tensor
+    ranks = {tensor.shape[:1] for name, tensor in tensors.items() if name.endswith("lora_A")}
+    if ranks - {(options["rank"],)} or options["dora"] != any(name.endswith("magnitude") for name in tensors):
+        raise CheckpointError(f"'{folder}' is damaged: its r or use_dora is not that of its tensors. Write it again.")
     return tensors, options, roots
 
 
@@ -274,14 +275,12 @@ def _hf_options(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"'{path}' is no JSON object of options ({error}). Write it again.") from error
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    # Of the other starts (PiSSA, OLoRA, ...) most change the base weights, which an adapter does not hold.
-    starts = (True, False, "gaussian", "orthogonal", "eva")
+    starts = (True, False, "gaussian", "orthogonal", "eva")  # most others, such as PiSSA, change the base weights
     checks = {
         "peft_type": (config.get("peft_type") == "LORA", "LORA"),
         "r": (type(rank) is int and 0 < rank < 2**31, "1, 2, ..."),
         "lora_alpha": (isinstance(alpha, int | float) and abs(alpha) < 2**31, "a number"),
-        "use_rslora": (type(config["use_rslora"]) is bool, "true, false"),
-        "use_dora": (type(config["use_dora"]) is bool, "true, false"),
+        **{name: (type(config[name]) is bool, "true, false") for name in ("use_rslora", "use_dora")},
         "bias": (config["bias"] == "none", "none"),
         "init_lora_weights": (config["init_lora_weights"] in starts, ", ".join(map(str, starts))),
     }
@@ -301,8 +300,8 @@ def _hf_options(path: Path) -> dict[str, Any]:
 def load_adapter(model: SegmentationModel, path: str | Path) -> None:
     """Copy a trained adapter into a model whose fine-tuning method is applied; all of it, or nothing where it fails.
 
-    What else an AutoGluon file holds is copied as well: the mask decoder, and the encoder's base weights. An adapter
-    without a decoder leaves the model's.
+    What else an AutoGluon file holds is copied as well: the mask decoder, and the encoder's base weights. What a file
+    does not hold stays: with PEFT's folders the decoder, and the neck of a plain ViT, which have to be trained on.
 
     Args:
         model: with ``optim.peft`` lora or conv_lora, built as the adapter's was.
@@ -328,10 +327,10 @@ def load_adapter(model: SegmentationModel, path: str | Path) -> None:
     expected = _hf_root(model.encoder)
     if roots - {expected}:
         raise CheckpointError(
-            f"{source} adapts {', '.join(sorted(roots))}; the model's encoder has {expected}. Set model.encoder to a SAM "
-            "(sam_vit_b, ...) for vision_encoder.layers, to a plain ViT (tiny_vit, timm/NAME) for blocks."
+            f"{source} adapts {', '.join(sorted(roots))}, the model {expected} (SAM has vision_encoder.layers, others "
+            "blocks). Set model.encoder to what it was fitted on."
         )
-    adapters: dict[int, dict[str, Tensor]] = {}
+    adapters: dict[int, _Parts] = {}
     for name in [name for name in tensors if _ADAPTER.fullmatch(name)]:
         _, _, block, _, _, part = name.split(".")
         adapters.setdefault(int(block), {})[part] = tensors.pop(name)
@@ -360,22 +359,21 @@ def _hf_root(encoder: Encoder) -> str:
 
 def _not_of_qkv(name: str, source: str) -> CheckpointError:
     return CheckpointError(
-        f"{source}: '{name}' is no tensor of LoRA or Conv-LoRA on a block's attn.qkv, and only those can be taken over. "
+        f"{source}: '{name}' is no tensor of LoRA or Conv-LoRA on a block's attn.qkv, and only those are taken over. "
         "Give an adapter with the target qkv alone, of SAM in transformers or of a plain ViT in timm."
     )
 
 
 def _check_computes_as_autogluon(layer: LoraLinear) -> None:
     """Raise `UnsupportedCombination` unless a layer computes as AutoGluon's; warn of an alpha that is not its own."""
-    options: list[tuple[str, object, object]] = [("scaling", layer.scaling_rule, "rank")]
-    options += [("dora", layer.magnitude is not None, False)]
+    theirs = {"scaling": "rank", "dora": False, "activation": "gelu", "interpolation": "bicubic", "windowed": True}
+    ours: dict[str, object] = {"scaling": layer.scaling_rule, "dora": layer.magnitude is not None}
     if isinstance(layer, ConvLoraLinear):
-        options += [("activation", layer.activation, "gelu"), ("interpolation", layer.interpolation, "bicubic")]
-        options += [("windowed", layer.windowed, True)]
-    for name, ours, theirs in options:
-        if ours != theirs:
+        ours |= {name: getattr(layer, name) for name in ("activation", "interpolation", "windowed")}
+    for name, value in ours.items():
+        if value != theirs[name]:
             raise UnsupportedCombination(
-                f"optim.lora.{name} is {ours}; AutoGluon has {theirs} alone. Use optim.lora.{name}={theirs}, or PEFT's "
+                f"optim.lora.{name} is {value}, {theirs[name]} with AutoGluon always. Set it to that, or use PEFT's "
                 "format for LoRA."
             )
     if layer.alpha != AUTOGLUON_ALPHA:
@@ -386,9 +384,7 @@ def _check_computes_as_autogluon(layer: LoraLinear) -> None:
         )
 
 
-def _check_adapters(
-    layers: dict[int, LoraLinear], adapters: dict[int, dict[str, Tensor]], depth: int, source: str
-) -> None:
+def _check_adapters(layers: dict[int, LoraLinear], adapters: dict[int, _Parts], depth: int, source: str) -> None:
     """Raise `CheckpointError` unless the adapters are of the model's method, blocks and sizes."""
     if not adapters:
         raise CheckpointError(f"{source} holds no adapter on attn.qkv. Give the file of a LoRA or Conv-LoRA model.")
@@ -407,13 +403,12 @@ def _check_adapters(
         _check_layer(layer, adapters[index], f"{source}, block {index}")
 
 
-def _check_layer(layer: LoraLinear, found: dict[str, Tensor], source: str) -> None:
+def _check_layer(layer: LoraLinear, found: _Parts, source: str) -> None:
     """Raise `CheckpointError` unless the tensors found are those of an adapted layer, all of them and of its sizes."""
     expected = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters(recurse=False)}
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
     for name, axis, size, remedy in (
         ("lora_A", 1, "width", "model.encoder to what it was fitted on"),
-        ("lora_B", 0, "output width", "model.encoder to what it was fitted on"),
         ("lora_A", 0, "rank", "optim.lora.rank={}"),
         ("expert_weight", 0, "experts", "optim.lora.experts={}"),
     ):
@@ -449,7 +444,7 @@ def _check_rest(model: SegmentationModel, rest: dict[str, Tensor], source: str) 
         name = min(wrong, key=lambda name: ("mask_tokens" not in name, "class_head" not in name))
         theirs, ours = (tuple(side[name].shape) if name in side else "missing" for side in (rest, own))
         raise CheckpointError(
-            f"{source}: '{name}' is {theirs}, in the model {ours} ({len(wrong)} tensors differ). Give the model the same "
-            "mask tokens (model.multiclass_head=queries, model.num_queries; 1 for a binary task) and classes, and the "
-            "same sizes; AutoGluon has no model.detail and no optim.lora.decoder_rank."
+            f"{source}: '{name}' is {theirs}, in the model {ours} ({len(wrong)} tensors differ). Build it for the same "
+            "task, with as many mask tokens (model.multiclass_head=queries, model.num_queries; one for a binary task), "
+            "and without model.detail and optim.lora.decoder_rank, which AutoGluon does not have."
         )

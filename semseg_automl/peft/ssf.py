@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from semseg_automl.errors import UnsupportedCombination
 from semseg_automl.models.encoder import Encoder, Seam
 from semseg_automl.models.layers import LayerNorm2d
 from semseg_automl.peft.base import PeftMethod, freeze_pretrained
@@ -66,7 +67,14 @@ class Ssf(PeftMethod):
             seam.replace(ScaleShift(seam.module))
 
     def _fold(self, encoder: Encoder) -> None:
-        for seam in _places(encoder):
+        places = _places(encoder)
+        without = {type(seam.module.base).__name__ for seam in places if not hasattr(seam.module.base, "bias")}
+        if without:
+            raise UnsupportedCombination(
+                f"optim.peft is 'ssf', which cannot be merged here: {', '.join(without)} has no bias to take the "
+                "shift. Use the segmentor as it is."
+            )
+        for seam in places:
             seam.replace(seam.module.folded())
 
 
