@@ -38,6 +38,8 @@ INSTALL_REQUIRES = [
     "lightning>=2.6.6,<3",
     # Tried.
     "timm>=1.0.9,<2",
+    # timm fetches weights by it; we import its errors by name. 2.4 is tried, 0.25 documents them.
+    "huggingface_hub>=0.25,<3",
     # The only release there is.
     "segment-anything>=1.0,<2",
     # 1.6 brought Metric.merge_state, with which scores of two halves are joined.

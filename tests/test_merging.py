@@ -113,7 +113,7 @@ def test_merge__method_that_cannot__says_why_and_names_those_that_can(method: st
 
 
 def test_merge__ssf_behind_norms_without_bias__is_refused_and_changes_nothing() -> None:
-    encoder = build_timm_encoder("test_vit4", **SMALL, img_size=64)  # RMS norms
+    encoder = build_timm_encoder("deit_tiny_patch16_224", **SMALL, img_size=64, norm_layer="rmsnorm")
     method = build_method("ssf", {})
     method.apply(encoder)
     jitter(encoder, 0.1)

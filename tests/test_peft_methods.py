@@ -1,6 +1,6 @@
 """The contract every fine-tuning method keeps, over METHODS x encoders; a new entry is tested at once.
 
-What it adds and leaves alone, and counts; learning, recomputing and compiling are in ``test_peft_running.py``.
+What it adds, what it leaves alone, and counts; learning is in ``test_peft_running.py``.
 """
 
 from __future__ import annotations
@@ -215,6 +215,21 @@ def test_method__three_steps__move_all_that_train_and_nothing_else(method: str, 
 
 
 @every_pair
+def test_method__stages_said_to_be_frozen__depend_on_nothing_that_trains(method: str, kind: str) -> None:
+    encoder = pretrained_encoder(kind)
+    build_method(method, METHOD_OPTIONS.get(method, {})).apply(encoder.eval())
+    stage = encoder.eval().frozen_stage()
+    expected = KINDS[kind].depth if METHODS[method].frozen_prefix else 0
+    if (method, kind) == ("decoder_only", "sam"):
+        expected += 1  # SAM's neck is frozen too
+    assert stage == expected
+    images = torch.randn(2, 3, 48, 64)
+    state = encoder.begin(images, stage)
+    assert not (stage and any(part.requires_grad for part in state))
+    assert torch.equal(encoder.finish(state, stage), encoder(images))
+
+
+@every_pair
 def test_method__evaluation__is_deterministic_and_independent_of_the_batch(method: str, kind: str) -> None:
     model = adapted_model(method, kind).eval()
     images, _ = pictures()
@@ -269,6 +284,14 @@ def test_method__encoder_without_one_of_its_parts__names_part_and_the_methods_th
     assert all(part in message for part in METHODS[method].needs - PARTS[kind])
     assert message.endswith("Methods that work with it: " + ", ".join(m for m, k in PAIRS if k == kind) + ".")
     assert tensors(encoder).keys() == before.keys()
+
+
+def test_bitfit__attention_that_holds_biases_itself__trains_them() -> None:
+    encoder = build_timm_encoder("eva_giant_patch14_224", **TIMM, patch_size=16)
+    encoder.mark_pretrained()
+    build_method("bitfit", {}).apply(encoder)
+    trainable = trainable_parameters(encoder).keys()
+    assert {f"blocks.{i}.block.attn.{name}" for i in (0, 1) for name in ("q_bias", "v_bias")} <= trainable
 
 
 class NoBlocks(Encoder):

@@ -30,6 +30,11 @@ def check_rank(rank: int, base: nn.Linear) -> None:
         )
 
 
+def scale_of(alpha: float, rank: int, rule: Scaling) -> float:
+    """Return the scale s of a correction, see `LoraLinear`."""
+    return alpha / (rank if rule == "rank" else math.sqrt(rank))
+
+
 class _AddLowRank(torch.autograd.Function):
     """``output + scaling * bottleneck @ lora_b.T``, written into `output`; the products each way in their fast order.
 
@@ -112,7 +117,7 @@ class LoraLinear(nn.Module):
         self.rank = rank
         self.alpha = alpha
         self.scaling_rule: Scaling = scaling_rule
-        self.scaling = alpha / (rank if scaling_rule == "rank" else math.sqrt(rank))
+        self.scaling = scale_of(alpha, rank, scaling_rule)
         weight = base.weight
         self.lora_A = nn.Parameter(weight.new_empty(rank, base.in_features, dtype=torch.float32))
         self.lora_B = nn.Parameter(weight.new_zeros(base.out_features, rank, dtype=torch.float32))
@@ -126,7 +131,7 @@ class LoraLinear(nn.Module):
         return corrected.view(*x.shape[:-1], self.base.out_features)
 
     def project(self, x: Tensor) -> Tensor:
-        """Return what the base layer makes of ``x (..., in)``: ``(tokens, out)``, fresh memory that may be written to."""
+        """Return what the base layer makes of ``x (..., in)``: ``(tokens, out)``, fresh memory to write to."""
         projected: Tensor = self.base(x.reshape(-1, x.shape[-1]))
         return projected
 
@@ -242,7 +247,8 @@ class Lora(PeftMethod):
             for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
                 base: nn.Linear = getattr(attention, name)
                 base.requires_grad_(not pretrained)
-                alpha = self.alpha * self.decoder_rank / self.rank
+                # The scale of the encoder's corrections, whatever the two ranks.
+                alpha = self.decoder_rank * scale_of(self.alpha, self.rank, self.scaling)
                 setattr(attention, name, LoraLinear(base, rank=self.decoder_rank, alpha=alpha))
 
     def learning_rate_ratio(self, parameter_name: str) -> float:
