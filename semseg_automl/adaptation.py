@@ -68,6 +68,10 @@ def _options(config: Config, method: str, encoder: EncoderFacts, reasons: dict[s
                 f"optim.lora.rank is {options['rank']}; the encoder's layers, {encoder.embed_dim} wide, allow 1 to "
                 f"{encoder.embed_dim}."
             )
+        if section.last_blocks is not None and section.last_blocks > encoder.depth:
+            raise ConfigError(
+                f"optim.lora.last_blocks is {section.last_blocks}; {encoder.name} has {encoder.depth} blocks."
+            )
     return options
 
 
@@ -97,6 +101,12 @@ def _note_unused(config: Config, method: str, options: Options, reasons: dict[st
     if unused:
         note = f"{method} does not use {', '.join('optim.' + name for name in unused)}"
         reasons["peft_options"] = "; ".join(filter(None, [reasons.get("peft_options"), note]))
+
+
+def has_frozen_prefix(method: str, options: Options, depth: int) -> bool:
+    """Tell whether the first blocks stay frozen and see nothing trained, so that their features can be kept."""
+    last = options.get("last_blocks")
+    return METHODS[method].frozen_prefix or (isinstance(last, int) and last < depth)
 
 
 def choose_learning_rate(config: Config, encoder: EncoderFacts, method: str, reasons: dict[str, str]) -> float:

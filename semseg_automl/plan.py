@@ -11,14 +11,13 @@ from dataclasses import asdict, dataclass
 
 from pydantic import BaseModel, ConfigDict
 
-from semseg_automl.adaptation import choose_learning_rate, choose_method
+from semseg_automl.adaptation import choose_learning_rate, choose_method, has_frozen_prefix
 from semseg_automl.capacity import fit_to_machine
 from semseg_automl.config import Config, resolve
 from semseg_automl.errors import ConfigError, UnsupportedCombination, check_known
 from semseg_automl.hardware import Hardware
 from semseg_automl.losses import CRITERIA
 from semseg_automl.models.facts import EncoderFacts
-from semseg_automl.peft import METHODS
 from semseg_automl.task import SegmentationTask
 
 
@@ -148,7 +147,7 @@ def make_plan(
         batch_size=batch_size,
         input_size=input_size,
         rows=stats.rows,
-        frozen_prefix=METHODS[peft].frozen_prefix or "last_blocks" in peft_options,
+        frozen_prefix=has_frozen_prefix(peft, peft_options, encoder.depth),
         grids_read=encoder.depth if peft == "lst" else encoder.taps,
         reasons=reasons,
     )

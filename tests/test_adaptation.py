@@ -193,3 +193,10 @@ def test_choose_learning_rate__left_open__is_small_for_pretrained_weights_that_m
     assert choose_learning_rate(Config(), encoder, method, reasons) == lr
     assert choose_learning_rate(load_config("fast", {"optim.lr": 0.02}), encoder, method, reasons) == 0.02
     assert reasons["lr"] == "as asked"
+
+
+def test_last_blocks__as_many_as_there_are_or_more__are_no_frozen_prefix_or_refused() -> None:
+    assert plan_of("lora", {"optim.lora.last_blocks": 11}).feature_cache != "off"
+    assert plan_of("lora", {"optim.lora.last_blocks": 12}).feature_cache == "off"
+    with pytest.raises(ConfigError, match=r"last_blocks is 13; tiny_vit has 12 blocks"):
+        plan_of("lora", {"optim.lora.last_blocks": 13})
