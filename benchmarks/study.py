@@ -209,7 +209,7 @@ def image_scores(segmentor: SemanticSegmentor, folder: Path) -> dict[str, float]
     for image, mask, predicted in zip(
         table.images, table.masks or (), segmentor.predict(folder / "test.csv"), strict=True
     ):
-        truth = torch.from_numpy(task.encode(read_mask(mask, name=str(mask))))
+        truth = torch.from_numpy(task.encode(read_mask(mask, name=str(mask), colours=task.colours)))
         iou = float(binary_iou(confusion_matrix(torch.from_numpy(task.encode(predicted)), truth, task.num_classes)))
         if not math.isnan(iou):
             scores[Path(os.path.relpath(str(image), folder)).as_posix()] = round(iou, 6)

@@ -11,18 +11,28 @@ from typing import TYPE_CHECKING, Any
 from semseg_automl.version import __version__
 
 if TYPE_CHECKING:
+    from semseg_automl.comparison import compare
     from semseg_automl.config import list_presets
     from semseg_automl.data.synthetic import draw_dataset
     from semseg_automl.estimator import SemanticSegmentor
     from semseg_automl.inference import FailedPrediction
     from semseg_automl.task import SegmentationTask
 
-__all__ = ["FailedPrediction", "SegmentationTask", "SemanticSegmentor", "__version__", "draw_dataset", "list_presets"]
+__all__ = [
+    "FailedPrediction",
+    "SegmentationTask",
+    "SemanticSegmentor",
+    "__version__",
+    "compare",
+    "draw_dataset",
+    "list_presets",
+]
 
 _HOMES = {
     "FailedPrediction": "semseg_automl.inference",
     "SegmentationTask": "semseg_automl.task",
     "SemanticSegmentor": "semseg_automl.estimator",
+    "compare": "semseg_automl.comparison",
     "draw_dataset": "semseg_automl.data.synthetic",
     "list_presets": "semseg_automl.config",
 }

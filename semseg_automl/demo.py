@@ -79,7 +79,7 @@ def _main_job(
     segmentor = SemanticSegmentor(path=bundle, hyperparameters=hyperparameters, verbosity=1)
     segmentor.fit(tables["train"], tables["val"], time_limit=time_limit, seed=seed)
     loaded = SemanticSegmentor.load(bundle)
-    figures = loaded.evaluate(tables["test"])
+    figures: dict[str, float] = loaded.evaluate(tables["test"])
     saved = loaded.predict(tables["test"], save_to=out / "masks")
     picture = out / "overlay.png"
     write_png(picture, _picture(loaded, tables["test"], list(saved["mask"])))
@@ -93,6 +93,7 @@ def _picture(segmentor: SemanticSegmentor, test: Path, masks: list[str]) -> np.n
     task = segmentor.task_
     rows = []
     for row in np.linspace(0, len(table) - 1, min(PICTURES, len(table))).astype(int):
-        truth = task.encode(read_mask(cast(tuple[Any, ...], table.masks)[row]))
-        rows.append((read_image(table.images[row]), truth, task.encode(read_mask(masks[row]))))
+        pair = (cast(tuple[Any, ...], table.masks)[row], masks[row])
+        truth, predicted = (task.encode(read_mask(source, colours=task.colours)) for source in pair)
+        rows.append((read_image(table.images[row]), truth, predicted))
     return overlay_grid(rows, binary=task.kind == "binary", class_names=task.class_names)

@@ -21,14 +21,15 @@ from torch import Tensor
 from semseg_automl.build import build_method
 from semseg_automl.bundle import AdapterFormat, Bundle, load_bundle, save_bundle, write_adapter
 from semseg_automl.config import Config, load_config
+from semseg_automl.data.colours import Colour, read_color_map
 from semseg_automl.data.images import ImageSource
 from semseg_automl.data.table import MaskTable, RowCheck, check_rows, read_images, read_table, split_holdout
 from semseg_automl.errors import BundleError, ConfigError, SemsegError
-from semseg_automl.evaluation import check_values, save_masks, score_table
+from semseg_automl.evaluation import evaluate_table, save_masks
 from semseg_automl.fitting import fit_bundle
 from semseg_automl.hardware import detect_hardware
 from semseg_automl.inference import FailedPrediction, OnError, Predictor
-from semseg_automl.metrics import DEFAULT_METRICS, build_metrics
+from semseg_automl.metrics import DEFAULT_METRICS, MetricChoice, SegmentationMetric, build_metrics
 from semseg_automl.models.facts import encoder_facts
 from semseg_automl.models.segmentation_model import hard_labels
 from semseg_automl.peft import count_parameters
@@ -37,6 +38,7 @@ from semseg_automl.task import SegmentationTask, infer_task
 from semseg_automl.training import check_trainer_options
 
 Table = pd.DataFrame | str | PathLike[str]
+Metrics = MetricChoice | Sequence[MetricChoice]
 Images = Table | ImageSource | Sequence[ImageSource]
 
 KEPT_SETTINGS = ("label", "image", "eval_metric", "validation_metric")
@@ -66,7 +68,9 @@ class SemanticSegmentor(BaseEstimator):  # type: ignore[misc]
         hyperparameters: settings by dotted or nested key, over the preset.
         num_classes: number of classes, to check the masks against; None infers it.
         class_names: names by value on disk, or in ascending order of values.
-        ignore_label: value on disk of pixels without a label; None infers it.
+        color_map: where masks are coloured, names by colour, ``{"#ff0000" or (255, 0, 0): name}``, or a file of them
+            (``classes.csv``, ``labelmap.txt``); None infers the classes. Colours named ``void`` are no class.
+        ignore_label: value on disk, or colour, of pixels without a label; None infers it.
         base_dir: folder that relative paths start from; None for the CSV's own, else the current one.
         verbosity: 0 silent, 1 a line per epoch, 2 a progress bar too.
     """
@@ -75,8 +79,8 @@ class SemanticSegmentor(BaseEstimator):  # type: ignore[misc]
     """What the masks hold, inferred."""
     plan_: Plan
     """Every decision of the fit, with its reason."""
-    classes_: NDArray[np.int64]
-    """Values of the classes as they are in the masks."""
+    classes_: NDArray[Any]
+    """Values of the classes as they are in the masks: numbers, or colours as ``#rrggbb``."""
     history_: pd.DataFrame
     """One row per validation: epoch, step, seconds, lr, train_loss, the validation metric."""
     path_: Path
@@ -97,7 +101,8 @@ class SemanticSegmentor(BaseEstimator):  # type: ignore[misc]
         hyperparameters: Mapping[str, Any] | None = None,
         num_classes: int | None = None,
         class_names: Sequence[str] | Mapping[int, str] | None = None,
-        ignore_label: int | None = None,
+        color_map: Mapping[Any, str] | str | PathLike[str] | None = None,
+        ignore_label: int | Colour | None = None,
         base_dir: str | PathLike[str] | None = None,
         verbosity: int = 2,
     ) -> None:
@@ -111,6 +116,7 @@ class SemanticSegmentor(BaseEstimator):  # type: ignore[misc]
         self.hyperparameters = hyperparameters
         self.num_classes = num_classes
         self.class_names = class_names
+        self.color_map = color_map
         self.ignore_label = ignore_label
         self.base_dir = base_dir
         self.verbosity = verbosity
@@ -163,12 +169,14 @@ class SemanticSegmentor(BaseEstimator):  # type: ignore[misc]
             checks = [*checks, *check_rows(validation)]
         self.task_ = infer_task(
             [check.value_counts for check in checks],
+            encodings=[check.encoding for check in checks],
             num_classes=self.num_classes,
             class_names=self.class_names,
+            color_map=None if self.color_map is None else read_color_map(self.color_map),
             ignore_label=self.ignore_label,
         )
         self.plan_ = self._plan(config, checks, rows=len(fit_table), seed=seed, time_limit=time_limit)
-        self.classes_ = np.asarray(self.task_.values)
+        self.classes_ = np.asarray(self.task_.labels)
         self._say(f"{self.task_}\n{self.plan_}" if dry_run else str(self.task_))
         if not dry_run:
             deadline = None if time_limit is None else start + time_limit
@@ -247,7 +255,7 @@ class SemanticSegmentor(BaseEstimator):  # type: ignore[misc]
     def _adopt(self, bundle: Bundle) -> None:
         """Set the fitted attributes from a bundle."""
         self.task_, self.plan_ = bundle.task, bundle.plan
-        self.classes_ = np.asarray(bundle.task.values)
+        self.classes_ = np.asarray(bundle.task.labels)
         self.threshold_ = float(bundle.record["threshold"])
         self.history_ = pd.DataFrame(bundle.record["history"])
         device = torch.device(detect_hardware().device)
@@ -256,24 +264,28 @@ class SemanticSegmentor(BaseEstimator):  # type: ignore[misc]
             bundle.model.eval().to(device), bundle.plan.input_size, bundle.plan.micro_batch_size, device
         )
 
-    def evaluate(self, data: Table, metrics: str | Sequence[str] | None = None) -> dict[str, float]:
+    def evaluate(
+        self, data: Table, metrics: Metrics | None = None, *, return_per_image: bool = False, intervals: bool = False
+    ) -> Any:
         """Score the segmentor on labelled images, at each image's own resolution, one image at a time.
 
         Args:
             data: table, or CSV file, with an image and a label column.
-            metrics: names; None for the constructor's, else the task's standard set.
+            metrics: names, or `SegmentationMetric` objects; None for the constructor's, else the task's standard set.
+            return_per_image: return a DataFrame of each image's own figures, with the table's index, instead.
+            intervals: return a DataFrame of each figure's ``value``, ``low`` and ``high``, a 95 % bootstrap interval.
 
         Returns:
             Values by name; a metric with one value per class gives ``name[class]`` for each. NaN where undefined.
 
         Raises:
             DataError: rows cannot be used, or a mask holds a value that was unknown when fitting.
-            ConfigError: a metric is unknown or of the other kind of task.
+            ConfigError: a metric is unknown or of the other kind of task, or both tables are asked for.
         """
-        predictor = self._fitted()
-        table = self._read(data)
-        check_values(self.task_, table, check_rows(table))
-        return score_table(predictor, table, self.task_, metrics=self._metric_names(metrics), threshold=self.threshold_)
+        predictor, table = self._fitted(), self._read(data)
+        chosen = self._metric_names(metrics)
+        forms = {"return_per_image": return_per_image, "intervals": intervals}
+        return evaluate_table(predictor, table, self.task_, metrics=chosen, threshold=self.threshold_, **forms)
 
     def predict(
         self,
@@ -291,8 +303,9 @@ class SemanticSegmentor(BaseEstimator):  # type: ignore[misc]
                 (with `save_to`: no path, and the reason in the column ``error``).
 
         Returns:
-            One array ``(H, W)`` for one image; a list of them, in the order of the rows, otherwise; with `save_to` a
-            DataFrame with the table's own index and the columns ``image``, ``mask`` and ``error``.
+            One array ``(H, W)``, RGB ``(H, W, 3)`` where the training masks are coloured, for one image; a list of
+            them, in the order of the rows, otherwise; with `save_to` a DataFrame with the table's own index and the
+            columns ``image``, ``mask`` and ``error``.
         """
         table, single = self._images(data)
         masks = (
@@ -300,7 +313,7 @@ class SemanticSegmentor(BaseEstimator):  # type: ignore[misc]
             for scores in self._fitted().scores(table, on_error=on_error)
         )
         if save_to is not None:
-            rows = save_masks(table, masks, Path(save_to))
+            rows = save_masks(table, masks, Path(save_to), palette=self.task_.palette)
             return pd.DataFrame(rows, index=table.index, columns=["image", "mask", "error"])
         return next(masks) if single else list(masks)
 
@@ -331,7 +344,7 @@ class SemanticSegmentor(BaseEstimator):  # type: ignore[misc]
         return {
             "problem_type": self.problem_type,
             "kind": self.task_.kind,
-            "classes": dict(zip(self.task_.values, self.task_.class_names, strict=True)),
+            "classes": dict(zip(self.task_.labels, self.task_.class_names, strict=True)),
             "encoder": self.plan_.encoder,
             "peft": self.plan_.peft,
             "trainable_parameters": trainable,
@@ -411,9 +424,9 @@ class SemanticSegmentor(BaseEstimator):  # type: ignore[misc]
             raise NotFittedError("this SemanticSegmentor is not fitted. Call fit, or SemanticSegmentor.load(path).")
         return self._predictor
 
-    def _metric_names(self, asked: str | Sequence[str] | None) -> list[str]:
-        chosen = asked or self.eval_metric or DEFAULT_METRICS[self.task_.kind]
-        return [chosen] if isinstance(chosen, str) else list(chosen)
+    def _metric_names(self, asked: Metrics | None) -> list[MetricChoice]:
+        chosen = asked if asked is not None else self.eval_metric or DEFAULT_METRICS[self.task_.kind]
+        return [chosen] if isinstance(chosen, str | SegmentationMetric) else list(chosen)
 
     def _read(self, data: Table) -> MaskTable:
         return read_table(data, image_column=self.image, label_column=self.label, base_dir=self.base_dir)

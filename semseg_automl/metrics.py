@@ -1,136 +1,54 @@
 """Metrics of a data set, fed one image at a time; `METRICS` is the only registry.
 
-Pure functions from a confusion matrix to a score, and thin classes that accumulate, all behind one interface,
-`SegmentationMetric`. States are sums (float64, counts int64), so adding up the states of two processes, or of
-two halves of the data in any order, gives the state of the whole. Memory is that of one image.
+Thin classes that accumulate pure functions, all behind one interface, `SegmentationMetric`. What an image adds is its
+*tally*; states are sums of tallies (float64, counts int64), so adding up the states of two processes, or of two halves
+of the data in any order, gives the state of the whole. Memory is that of one image.
 
 Shared by all metrics: pixels whose target is `IGNORE_INDEX` (255) are left out of every sum, saliency scores
 included; an image without any other pixel is not counted; no image at all computes to NaN without a warning.
 
-To add a metric: one class here and one line in `METRICS`. Soft scores of one image live in
-`semseg_automl.saliency`. Not here: turning logits into scores or labels, choosing the resolution.
+To add a metric: one class here and one line in `METRICS`. Soft scores of one image live in `semseg_automl.saliency` and
+`semseg_automl.weighted_f`, scores of hard decisions in `semseg_automl.confusion` and
+`semseg_automl.boundaries`, intervals in `semseg_automl.uncertainty`. Not here: turning logits into scores or labels,
+choosing the resolution.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from semseg_automl import saliency
+from semseg_automl.boundaries import boundary_counts, boundary_iou
+from semseg_automl.confusion import (
+    balanced_error_rate,
+    binary_dice,
+    check_indices,
+    class_iou,
+    mean_iou,
+    mean_iou_with_absent,
+    pixel_accuracy,
+)
+from semseg_automl.confusion import binary_iou as binary_iou  # this form: the two are imported from here, too
+from semseg_automl.confusion import confusion_matrix as confusion_matrix
 from semseg_automl.errors import ConfigError, DataError, UnsupportedCombination, nearest
 from semseg_automl.task import IGNORE_INDEX
 from semseg_automl.third_party import torchmetrics
-
-
-def confusion_matrix(labels: Tensor, target: Tensor, num_classes: int) -> Tensor:
-    """Count pixels by true class (row) and predicted class (column); pixels whose target is 255 are left out.
-
-    Args:
-        labels: Any shape, integers, predicted class index in [0, num_classes).
-        target: Shape of `labels`, integers, true class index in [0, num_classes) or 255.
-        num_classes: Number of classes K, at most 255.
-
-    Returns:
-        ``(K, K)`` int64.
-
-    Raises:
-        DataError: An index that is not ignored is outside [0, num_classes).
-
-    >>> confusion_matrix(torch.tensor([0, 1, 1, 1]), torch.tensor([0, 0, 1, 255]), 2).tolist()
-    [[1, 1], [0, 1]]
-    """
-    valid = target != IGNORE_INDEX
-    truth, predicted = target[valid].to(torch.int64), labels[valid].to(torch.int64)
-    _check_indices("target", truth, num_classes)
-    _check_indices("labels", predicted, num_classes)
-    pairs = truth.mul_(num_classes).add_(predicted)  # in place: indexing has copied
-    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
-
-
-def class_iou(confusion: Tensor) -> Tensor:
-    """Intersection over union of each class, ``(K,)`` float64 from a ``(K, K)`` confusion matrix.
-
-    A class found neither in truth nor in prediction is absent: NaN. One that is only predicted scores 0.
-
-    >>> class_iou(torch.tensor([[2, 1, 0], [0, 1, 0], [0, 0, 0]])).tolist()
-    [0.6666666666666666, 0.5, nan]
-    """
-    counts = confusion.to(torch.float64)
-    intersection = counts.diagonal()
-    return intersection / (counts.sum(dim=0) + counts.sum(dim=1) - intersection)
-
-
-def mean_iou(confusion: Tensor) -> Tensor:
-    """Mean of `class_iou` over the classes that are not absent; 0-d float64, NaN without any pixel."""
-    return class_iou(confusion).nanmean()
-
-
-def mean_iou_with_absent(confusion: Tensor) -> Tensor:
-    """Mean of `class_iou` over all classes, an absent one counted as 0; 0-d float64, NaN without a pixel."""
-    return class_iou(confusion).nansum() / (len(confusion) * confusion.any())
-
-
-def pixel_accuracy(confusion: Tensor) -> Tensor:
-    """Share of pixels on the diagonal of a ``(K, K)`` confusion matrix, 0-d float64; NaN without a pixel."""
-    counts = confusion.to(torch.float64)
-    return counts.diagonal().sum() / counts.sum()
-
-
-def binary_iou(confusion: Tensor) -> Tensor:
-    """Foreground's ``TP / (TP + FP + FN)`` from a ``(2, 2)`` confusion matrix, 0-d float64.
-
-    1 where neither truth nor prediction has a foreground pixel; NaN without any pixel.
-
-    >>> binary_iou(torch.tensor([[5, 1], [1, 2]])).item(), binary_iou(torch.tensor([[9, 0], [0, 0]])).item()
-    (0.5, 1.0)
-    """
-    iou = class_iou(confusion)[1]
-    return iou.masked_fill(iou.isnan() & confusion.any(), 1.0)
-
-
-def binary_dice(confusion: Tensor) -> Tensor:
-    """Foreground's ``2 TP / (2 TP + FP + FN)``, which is ``2 IoU / (1 + IoU)``; 1 and NaN as `binary_iou`."""
-    iou = binary_iou(confusion)
-    return 2 * iou / (1 + iou)
-
-
-def balanced_error_rate(confusion: Tensor) -> Tensor:
-    """``100 * (FPR + FNR) / 2`` in percent from a ``(2, 2)`` confusion matrix, 0-d float64.
-
-    The balanced error rate of Vicente et al., ECCV 2016. The rate of a class that the truth does not have is
-    left out: without foreground the score is ``100 * FPR``, without background ``100 * FNR``.
-
-    >>> [balanced_error_rate(torch.tensor(c)).item() for c in ([[3, 1], [1, 1]], [[3, 1], [0, 0]])]
-    [37.5, 25.0]
-    """
-    counts = confusion.to(torch.float64)
-    sizes = counts.sum(dim=1)
-    return 100 * ((sizes - counts.diagonal()) / sizes).nanmean()
-
-
-def _check_indices(name: str, indices: Tensor, num_classes: int) -> None:
-    """Raise `DataError` unless all ``indices (N,)`` are in [0, num_classes)."""
-    if indices.numel() == 0:
-        return
-    low, high = (int(bound) for bound in torch.aminmax(indices))
-    if low < 0 or high >= num_classes:
-        raise DataError(
-            f"{name} holds class indices {low} to {high}; 0 to {num_classes - 1} are allowed, {IGNORE_INDEX} "
-            "for ignored pixels of the target: encode masks with SegmentationTask.encode"
-        )
+from semseg_automl.weighted_f import weighted_f_measure
 
 
 class SegmentationMetric(torchmetrics.Metric):
     """What every metric owes: one image per `update`, `compute` in float64.
 
-    A subclass names its `tasks` and `higher_is_better`, adds states with ``dist_reduce_fx="sum"`` in
-    ``__init__``, and implements ``_add`` and ``compute``.
+    A subclass names its `tasks` and `higher_is_better`, adds states with ``dist_reduce_fx="sum"`` in ``__init__``, and
+    implements `_tally`, what an image adds to each of them, and `figure`, the score of sums.
     """
 
     tasks: ClassVar[frozenset[str]]  # kinds the metric is defined for, of "binary" and "multiclass"
@@ -156,16 +74,24 @@ class SegmentationMetric(torchmetrics.Metric):
         self.num_classes = num_classes
 
     def update(self, scores: Tensor, labels: Tensor, target: Tensor) -> None:
-        """Add one image.
+        """Add the `tally` of one image, with its arguments and errors."""
+        for name, part in self.tally(scores, labels, target).items():
+            setattr(self, name, getattr(self, name) + part)
+
+    def tally(self, scores: Tensor, labels: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Return what one image adds to each state, by its name; the states stay as they are.
 
         Args:
-            scores: ``(C, H, W)``, floating; binary C = 1, the foreground's probability in [0, 1];
-                multi-class C = num_classes.
+            scores: ``(C, H, W)``, floating; binary C = 1, foreground probability; multi-class C = num_classes.
             labels: ``(H, W)``, integers; the hard decision as class index.
             target: ``(H, W)``, integers; class index, 255 for an ignored pixel.
 
+        Returns:
+            By state; zeros for an image that is ignored as a whole.
+
         Raises:
-            DataError: A shape, a type or a value is not as above.
+            DataError: A shape, a type or a value is not as above. NaN is found where scores are used; `labels` alone
+                decide the scores of hard decisions.
         """
         channels = {1 if kind == "binary" else self.num_classes for kind in self.tasks}
         if scores.ndim != 3 or scores.shape[0] not in channels or not scores.is_floating_point():
@@ -181,11 +107,28 @@ class SegmentationMetric(torchmetrics.Metric):
                     f"shape {tuple(scores.shape[1:])} are needed: the size of the scores, without a channel"
                 )
         if bool((target != IGNORE_INDEX).any()):
-            self._add(scores, labels, target)
+            return self._tally(scores, labels, target)
+        return {name: torch.zeros_like(state) for name, state in self.states().items()}
+
+    def compute(self) -> Tensor:
+        """Return the score of all images so far, float64; NaN where there is none."""
+        return self.figure(self.states())
+
+    def states(self) -> dict[str, Tensor]:
+        """Return the sums so far, by name."""
+        return {name: getattr(self, name) for name in self.metric_state}
 
     @abstractmethod
-    def _add(self, scores: Tensor, labels: Tensor, target: Tensor) -> None:
-        """Add one image that has at least one pixel that is not ignored; arguments as in `update`."""
+    def figure(self, sums: Mapping[str, Tensor]) -> Tensor:
+        """Return the score of summed tallies, float64.
+
+        Args:
+            sums: By state; leading dimensions, the same for every state, are data sets to be scored one by one.
+        """
+
+    @abstractmethod
+    def _tally(self, scores: Tensor, labels: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Return the tally of an image that has at least one pixel that is not ignored; arguments as in `tally`."""
 
     def _wrap_compute(self, compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Compute an empty state to NaN in silence, where torchmetrics warns that there was no update yet."""
@@ -222,12 +165,11 @@ class _PooledMetric(SegmentationMetric):
         empty = torch.zeros(num_classes, num_classes, dtype=torch.int64)
         self.add_state("confusion", default=empty, dist_reduce_fx="sum")
 
-    def _add(self, scores: Tensor, labels: Tensor, target: Tensor) -> None:
-        self.confusion = self.confusion + confusion_matrix(labels, target, self.num_classes)
+    def _tally(self, scores: Tensor, labels: Tensor, target: Tensor) -> dict[str, Tensor]:
+        return {"confusion": confusion_matrix(labels, target, self.num_classes)}
 
-    def compute(self) -> Tensor:
-        """Return the score of all pixels so far, float64; NaN where there is none."""
-        return type(self).reduce(self.confusion)
+    def figure(self, sums: Mapping[str, Tensor]) -> Tensor:
+        return type(self).reduce(sums["confusion"])
 
 
 class _ImageMean(SegmentationMetric):
@@ -242,13 +184,13 @@ class _ImageMean(SegmentationMetric):
         self.add_state("total", default=torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("images", default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def _add(self, scores: Tensor, labels: Tensor, target: Tensor) -> None:
-        self.total = self.total + self._score(scores, labels, target)
-        self.images = self.images + 1
+    def _tally(self, scores: Tensor, labels: Tensor, target: Tensor) -> dict[str, Tensor]:
+        score = self._score(scores, labels, target)
+        return {"total": score, "images": torch.ones((), dtype=torch.int64, device=score.device)}
 
-    def compute(self) -> Tensor:
-        """Return the mean over images, 0-d float64; NaN where no image was counted."""
-        return self.total / self.images
+    def figure(self, sums: Mapping[str, Tensor]) -> Tensor:
+        total, images = sums["total"], sums["images"]
+        return total / images.reshape(images.shape + (1,) * (total.ndim - images.ndim))
 
     @abstractmethod
     def _score(self, scores: Tensor, labels: Tensor, target: Tensor) -> Tensor:
@@ -298,6 +240,13 @@ class BalancedErrorRate(_PooledMetric):
     reduce = staticmethod(balanced_error_rate)
 
 
+class PooledDice(_PooledMetric):
+    """`binary_dice` over the pixels of all images together, so that large objects weigh more."""
+
+    tasks = frozenset({"binary"})
+    reduce = staticmethod(binary_dice)
+
+
 class MeanIoU(_PooledMetric):
     """`mean_iou` of the data set's confusion matrix; a class in neither truth nor prediction is left out."""
 
@@ -323,6 +272,31 @@ class PixelAccuracy(_PooledMetric):
     reduce = staticmethod(pixel_accuracy)
 
 
+class ImageBoundaryIoU(_ImageMean):
+    """Foreground's `boundary_iou` of each image, averaged over images; empty mask and empty prediction score 1."""
+
+    def _score(self, scores: Tensor, labels: Tensor, target: Tensor) -> Tensor:
+        return boundary_iou(boundary_counts(labels, target, 2))[1].nan_to_num(nan=1.0)
+
+
+class MeanBoundaryIoU(SegmentationMetric):
+    """Mean over classes of `boundary_iou`, each class's rims pooled over the data set; absent classes are left out."""
+
+    tasks = frozenset({"multiclass"})
+    counts: Tensor
+
+    def __init__(self, num_classes: int = 2) -> None:
+        super().__init__(num_classes)
+        self.add_state("counts", default=torch.zeros(2, num_classes, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def _tally(self, scores: Tensor, labels: Tensor, target: Tensor) -> dict[str, Tensor]:
+        return {"counts": boundary_counts(labels, target, self.num_classes)}
+
+    def figure(self, sums: Mapping[str, Tensor]) -> Tensor:
+        """Return the mean over the classes that are not absent."""
+        return boundary_iou(sums["counts"]).nanmean(dim=-1)
+
+
 class _SaliencyMean(_ImageMean):
     """The mean over images of a soft score of one foreground map, from `semseg_automl.saliency`."""
 
@@ -336,13 +310,13 @@ class _SaliencyMean(_ImageMean):
             stretch: Map each prediction's own range to [0, 1] first, the field's habit.
         """
         super().__init__(self.shape)
-        self.stretch = stretch
+        self.options: dict[str, float] = {"stretch": stretch}
 
     def _score(self, scores: Tensor, labels: Tensor, target: Tensor) -> Tensor:
         valid = target != IGNORE_INDEX
-        _check_indices("target", target[valid], 2)
+        check_indices("target", target[valid], 2)
         everywhere = None if bool(valid.all()) else valid
-        return type(self).measure(scores[0], target == 1, valid=everywhere, stretch=self.stretch)
+        return type(self).measure(scores[0], target == 1, valid=everywhere, **self.options)
 
 
 class SMeasure(_SaliencyMean):
@@ -363,9 +337,9 @@ class MaxEMeasure(_SaliencyMean):
     measure = staticmethod(saliency.e_measure_curve)
     shape = (256,)
 
-    def compute(self) -> Tensor:
-        """Return the maximum of the mean curve, 0-d float64."""
-        return super().compute().max()
+    def figure(self, sums: Mapping[str, Tensor]) -> Tensor:
+        """Return the maximum of the mean curve."""
+        return super().figure(sums).amax(dim=-1)
 
 
 class AdaptiveEMeasure(_SaliencyMean):
@@ -381,14 +355,37 @@ class MeanAbsoluteError(_SaliencyMean):
     measure = staticmethod(saliency.mean_absolute_error)
 
 
+class WeightedFMeasure(_SaliencyMean):
+    """`semseg_automl.weighted_f.weighted_f_measure`, averaged over images; an empty mask scores 0."""
+
+    measure = staticmethod(weighted_f_measure)
+
+    def __init__(self, *, beta2: float = 1.0, stretch: bool = True) -> None:
+        """Set up an empty state.
+
+        Args:
+            beta2: Weight of recall against precision: 1 in the field, 0.3 in the code of Conv-LoRA's paper.
+            stretch: As for every saliency score.
+        """
+        super().__init__(stretch=stretch)
+        self.options["beta2"] = beta2
+
+
+MetricChoice = str | SegmentationMetric
+"""A key of `METRICS`, or a metric with settings of its own, which goes by the name of its class."""
+
 METRICS: dict[str, Callable[[int], SegmentationMetric]] = {
     "iou": lambda num_classes: ImageIoU(),
     "dice": lambda num_classes: ImageDice(),
     "iou_pooled": lambda num_classes: PooledIoU(),
+    "dice_pooled": lambda num_classes: PooledDice(),
+    "boundary_iou": lambda num_classes: ImageBoundaryIoU(),
     "s_measure": lambda num_classes: SMeasure(),
     "e_measure": lambda num_classes: EMeasure(),
     "e_measure_max": lambda num_classes: MaxEMeasure(),
     "e_measure_adaptive": lambda num_classes: AdaptiveEMeasure(),
+    "wf": lambda num_classes: WeightedFMeasure(),
+    "wf_03": lambda num_classes: WeightedFMeasure(beta2=0.3),
     "ber": lambda num_classes: BalancedErrorRate(),
     "ber_per_image": lambda num_classes: ImageBalancedErrorRate(),
     "mae": lambda num_classes: MeanAbsoluteError(),
@@ -396,6 +393,7 @@ METRICS: dict[str, Callable[[int], SegmentationMetric]] = {
     "miou": MeanIoU,
     "miou_with_absent": MeanIoUWithAbsent,
     "iou_per_class": ClassIoU,
+    "boundary_miou": MeanBoundaryIoU,
 }
 """Name to a factory that takes the number of classes; metrics of a binary foreground have no use for it."""
 
@@ -406,17 +404,17 @@ DEFAULT_METRICS: dict[str, tuple[str, ...]] = {
 """Kind of task to the names `evaluate` reports unless told otherwise."""
 
 
-def build_metrics(names: Sequence[str], *, kind: str, num_classes: int) -> dict[str, SegmentationMetric]:
-    """Build the metrics called `names`, empty, in that order.
+def build_metrics(choices: Sequence[MetricChoice], *, kind: str, num_classes: int) -> dict[str, SegmentationMetric]:
+    """Build the metrics in `choices`, empty, in that order.
 
     Args:
-        names: Keys of `METRICS`.
+        choices: Keys of `METRICS`, or metrics, of which empty copies on the processor are made.
         kind: "binary" or "multiclass".
         num_classes: Number of classes with the background; 2 for a binary task.
 
     Raises:
-        ConfigError: An unknown kind or name, a name twice, or a number of classes out of range.
-        UnsupportedCombination: A metric of the other kind of task.
+        ConfigError: An unknown kind or name, a name twice, no name, or a number of classes out of range.
+        UnsupportedCombination: A metric of the other kind of task, or of another number of classes.
 
     >>> metrics = build_metrics(["iou", "ber"], kind="binary", num_classes=2)
     >>> scores = torch.tensor([[[0.9, 0.8], [0.2, 0.1]]])
@@ -429,19 +427,23 @@ def build_metrics(names: Sequence[str], *, kind: str, num_classes: int) -> dict[
         raise ConfigError(f"kind is {kind!r}; one of {', '.join(DEFAULT_METRICS)} is needed")
     if kind == "binary" and num_classes != 2:
         raise ConfigError(f"num_classes is {num_classes} in a binary task; 2 is needed: count the background")
-    if isinstance(names, str):
-        raise ConfigError(f"names is the string {names!r}; a sequence is needed, such as [{names!r}]")
-    built = {name: make(num_classes) for name, make in METRICS.items()}
-    fitting = {name: metric for name, metric in built.items() if kind in metric.tasks}
-    for name in names:
-        if name not in METRICS:
-            raise ConfigError(
-                f"unknown metric {name!r}{nearest(name, fitting)}; a {kind} task has: {', '.join(fitting)}"
-            )
-        if name not in fitting:
-            raise UnsupportedCombination(
-                f"metric {name!r} is not defined for a {kind} task; those that are: {', '.join(fitting)}"
-            )
+    if isinstance(choices, str) or not choices:
+        raise ConfigError(f"metrics are {choices!r}; a sequence of one at least is needed, such as ['iou']")
+    registered = {name: make(num_classes) for name, make in METRICS.items()}
+    fitting = [name for name, metric in registered.items() if kind in metric.tasks]
+    known = ", ".join(fitting)
+    names = [choice if isinstance(choice, str) else type(choice).__name__ for choice in choices]
     if len(set(names)) < len(names):
         raise ConfigError(f"metrics are named more than once: {', '.join(names)}; name each once")
-    return {name: fitting[name] for name in names}
+    built = {}
+    for name, choice in zip(names, choices, strict=True):
+        if isinstance(choice, str) and choice not in METRICS:
+            raise ConfigError(f"unknown metric {name!r}{nearest(name, fitting)}; a {kind} task has: {known}")
+        metric = registered[choice] if isinstance(choice, str) else copy.deepcopy(choice).cpu()
+        if kind not in metric.tasks or metric.num_classes != (2 if metric.tasks == {"binary"} else num_classes):
+            raise UnsupportedCombination(
+                f"metric {name!r} is not defined for a {kind} task of {num_classes} classes; those that are: {known}"
+            )
+        metric.reset()
+        built[name] = metric
+    return built

@@ -1,12 +1,16 @@
 """Scores of one soft foreground map against one binary mask: S-measure, E-measure, mean absolute error.
 
+The weighted F-measure, which alone needs distances between pixels, is in `semseg_automl.weighted_f`; what follows holds
+for it too.
+
 Pure functions of one image, computed in float64 on the device of their input. They give the answers of PyPI
-``pysodmetrics`` (to 1e-10, degenerate masks included) when they are handed ``pred_uint8 / 255`` in float64
-and ``mask_uint8 > 128``; where that reference has no answer (0/0), the docstring says what is defined here.
+``pysodmetrics`` (to 1e-10, degenerate masks included) when they are handed ``pred_uint8``, or its quotient by 255 in
+float64, and ``mask_uint8 > 128``; where that reference has no answer (0/0), the docstring says what is defined here.
 
 Shared by all functions:
 
-- ``prediction (H, W)``: foreground probability in [0, 1], any floating type.
+- ``prediction (H, W)``: foreground probability in [0, 1], any floating type; or uint8, levels of 255, as the field
+  stores predictions. A map of levels has the score of its quotient in float64, and faster: its pixels are counted.
 - ``mask (H, W)``: bool, the truth.
 - ``stretch=True`` maps the prediction's own minimum and maximum to 0 and 1 before anything else, the habit
   of the salient-object field; a constant prediction stays as it is. It turns an almost empty prediction
@@ -16,14 +20,14 @@ Shared by all functions:
   NaN included.
 - No valid pixel gives NaN. A tensor that cannot be scored raises `DataError`.
 
-Not here: accumulation over a data set, and all scores of hard decisions; both live in
-`semseg_automl.metrics`.
+Not here: accumulation over a data set, which lives in `semseg_automl.metrics`, and scores of hard decisions.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -31,7 +35,15 @@ from torch import Tensor
 
 from semseg_automl.errors import DataError
 
-__all__ = ["e_measure", "e_measure_adaptive", "e_measure_curve", "mean_absolute_error", "s_measure"]
+__all__ = [
+    "e_measure",
+    "e_measure_adaptive",
+    "e_measure_curve",
+    "level_values",
+    "mean_absolute_error",
+    "prepared",
+    "s_measure",
+]
 
 _EPS = torch.finfo(torch.float64).eps  # MATLAB's eps, added to denominators by all published evaluation code
 _LEVELS = 256  # the field stores predictions as 8-bit images and scores every threshold they can have
@@ -59,6 +71,17 @@ class _Moments(NamedTuple):
         mean = deviations.mean()
         deviations.sub_(mean)
         return cls(values.numel(), float(first + mean), float(torch.dot(deviations, deviations)))
+
+    @classmethod
+    def of_levels(cls, values: Tensor, counts: Tensor) -> _Moments:
+        """Moments of ``values (256,)``, each taken as often as ``counts (256,)`` says."""
+        present = counts.nonzero().squeeze(1)
+        if present.numel() == 0:
+            return cls(0, 0.0, 0.0)
+        first, weights = values[present[0]], counts[present].to(torch.float64)
+        deviations, pixels = values[present] - first, int(weights.sum())
+        mean = torch.dot(deviations, weights) / pixels
+        return cls(pixels, float(first + mean), float(torch.dot(deviations.sub_(mean).square_(), weights)))
 
     def joined(self, other: _Moments) -> _Moments:
         """Moments of the union of two disjoint sets (Chan, Golub and LeVeque, 1979)."""
@@ -108,19 +131,17 @@ def s_measure(
     >>> round(s_measure(torch.tensor([[0.0, 1.0], [1.0, 1.0]]), mask).item(), 4)
     0.6277
     """
-    values = _prepared(prediction, mask, valid, stretch)
-    inside, outside = (mask, ~mask) if valid is None else (mask & valid, valid & ~mask)
+    moments_of = _moments(prediction, mask, valid, stretch)
+    inside = mask if valid is None else mask & valid
     foreground = int(torch.count_nonzero(inside))
-    pixels = foreground + int(torch.count_nonzero(outside))
+    pixels = mask.numel() if valid is None else int(torch.count_nonzero(valid))
+    answer = functools.partial(torch.tensor, dtype=torch.float64, device=prediction.device)
     if pixels == 0:
-        return values.new_tensor(math.nan)
+        return answer(math.nan)
     if foreground in (0, pixels):
-        mean = values.masked_select(inside if foreground else outside).mean()
-        return mean if foreground else 1 - mean
-    regions = [
-        tuple(_Moments.of(values[area].masked_select(part[area])) for part in (inside, outside))
-        for area in _quadrants(inside, foreground)
-    ]
+        off, on = moments_of((slice(None), slice(None)))
+        return answer(on.mean if foreground else 1 - off.mean)
+    regions = [moments_of(area)[::-1] for area in _quadrants(inside, foreground)]
     region_score = sum(_similarity(on, off) * (on.pixels + off.pixels) for on, off in regions) / pixels
     in_mask = functools.reduce(_Moments.joined, (on for on, _ in regions))
     off_mask = functools.reduce(_Moments.joined, (off for _, off in regions))
@@ -128,12 +149,10 @@ def s_measure(
         _object_similarity(in_mask) * foreground
         + _object_similarity(off_mask._replace(mean=1 - off_mask.mean)) * (pixels - foreground)
     ) / pixels
-    return values.new_tensor(max(0.0, alpha * object_score + (1 - alpha) * region_score))
+    return answer(max(0.0, alpha * object_score + (1 - alpha) * region_score))
 
 
-def e_measure(
-    prediction: Tensor, mask: Tensor, *, valid: Tensor | None = None, stretch: bool = True
-) -> Tensor:
+def e_measure(prediction: Tensor, mask: Tensor, *, valid: Tensor | None = None, stretch: bool = True) -> Tensor:
     """E-measure, the mean over the 256 thresholds of `e_measure_curve`; arguments and errors as there.
 
     Returns:
@@ -146,9 +165,7 @@ def e_measure(
     return e_measure_curve(prediction, mask, valid=valid, stretch=stretch).mean()
 
 
-def e_measure_curve(
-    prediction: Tensor, mask: Tensor, *, valid: Tensor | None = None, stretch: bool = True
-) -> Tensor:
+def e_measure_curve(prediction: Tensor, mask: Tensor, *, valid: Tensor | None = None, stretch: bool = True) -> Tensor:
     """Enhanced-alignment measure at each of 256 thresholds (Fan et al., IJCAI 2018).
 
     Entry t scores the binary map ``floor(255 * prediction) >= t``, the prediction taken after the stretch.
@@ -159,8 +176,8 @@ def e_measure_curve(
     The sum is divided by N - 1, as in all published code, so a perfect map of N pixels scores N / (N - 1).
     A single pixel is divided by 1, where the published code divides by 2e-16.
 
-    The floor is taken of a product in float64: an 8-bit prediction must arrive as ``pred.double() / 255`` to
-    reach the reference's levels; after a stretch, some pixels of a float32 quotient end one level beside.
+    The floor is taken of a product in float64: an 8-bit prediction must arrive as uint8 or ``pred.double() / 255``
+    to reach the reference's levels; after a stretch, some pixels of a float32 quotient end one level beside.
 
     Args:
         prediction: ``(H, W)``, foreground probability in [0, 1].
@@ -174,13 +191,15 @@ def e_measure_curve(
     Raises:
         DataError: A shape, a type or a range is not as above.
     """
-    values, inside = _selected(prediction, mask, valid, stretch)
-    if values.numel() == 0:
-        return values.new_full((_LEVELS,), math.nan)
-    level = (values * (_LEVELS - 1)).to(torch.int16)
-    histogram = torch.bincount(level.add_(inside, alpha=_LEVELS), minlength=2 * _LEVELS).view(2, _LEVELS)
+    if prediction.dtype == torch.uint8:
+        values = level_values(prediction, mask, valid, stretch).clamp(0, 1)  # levels that do not occur may lie outside
+        counts = _level_counts(prediction, mask, valid)
+        histogram = torch.zeros_like(counts).index_add_(1, (values * (_LEVELS - 1)).to(torch.int64), counts)
+    else:
+        values, inside = _selected(prediction, mask, valid, stretch)
+        histogram = _level_counts((values * (_LEVELS - 1)).to(torch.int16), inside, None)
     off_mask, on_mask = histogram.flip(1).cumsum(1).flip(1)  # [t]: pixels at or above level t
-    return _alignment(on_mask, off_mask, int(torch.count_nonzero(inside)), inside.numel())
+    return _alignment(on_mask, off_mask, *_sizes(histogram))
 
 
 def e_measure_adaptive(
@@ -194,16 +213,15 @@ def e_measure_adaptive(
     Returns:
         0-d float64 tensor; NaN without a valid pixel.
     """
-    values, inside = _selected(prediction, mask, valid, stretch)
-    if values.numel() == 0:
-        return values.new_tensor(math.nan)
-    marked = values >= (2 * values.mean()).clamp(max=1)
-    return _alignment(
-        torch.count_nonzero(marked & inside),
-        torch.count_nonzero(marked & ~inside),
-        int(torch.count_nonzero(inside)),
-        inside.numel(),
-    )
+    if prediction.dtype == torch.uint8:
+        values, counts = level_values(prediction, mask, valid, stretch), _level_counts(prediction, mask, valid)
+        mean = (values * counts).sum() / counts.sum()
+    else:
+        values, inside = _selected(prediction, mask, valid, stretch)
+        mean, counts = values.mean(), torch.stack((~inside, inside))
+    marked = values >= (2 * mean).clamp(max=1)
+    off_mask, on_mask = (counts * marked).sum(dim=1)
+    return _alignment(on_mask, off_mask, *_sizes(counts))
 
 
 def mean_absolute_error(
@@ -220,28 +238,23 @@ def mean_absolute_error(
     >>> mean_absolute_error(torch.tensor([[0.0, 1.0], [0.5, 1.0]]), mask).item()
     0.125
     """
+    if prediction.dtype == torch.uint8:
+        values, counts = level_values(prediction, mask, valid, stretch), _level_counts(prediction, mask, valid)
+        return (counts * torch.stack((values, 1 - values))).sum() / counts.sum()
     values, inside = _selected(prediction, mask, valid, stretch)
     return (values - inside.to(torch.float64)).abs_().mean()
 
 
-def _prepared(prediction: Tensor, mask: Tensor, valid: Tensor | None, stretch: bool) -> Tensor:
+def prepared(prediction: Tensor, mask: Tensor, valid: Tensor | None, stretch: bool) -> Tensor:
     """Check the arguments and return the prediction ``(H, W)`` as float64, in [0, 1] at every valid pixel.
 
     Raises:
         DataError: A shape, a type or a range cannot be scored.
     """
-    if prediction.ndim != 2 or not prediction.is_floating_point():
-        raise DataError(
-            f"prediction is {prediction.dtype} of shape {tuple(prediction.shape)}; a floating (H, W) tensor "
-            "of probabilities is needed: pass one image, and pred.double() / 255 for an 8-bit map"
-        )
-    for name, other in (("mask", mask), ("valid", valid)):
-        if other is not None and (other.dtype != torch.bool or other.shape != prediction.shape):
-            raise DataError(
-                f"{name} is {other.dtype} of shape {tuple(other.shape)}; a torch.bool tensor of shape "
-                f"{tuple(prediction.shape)}, the prediction's, is needed: compare first, as in {name} > 128"
-            )
+    _check(prediction, mask, valid)
     raw = prediction.detach()
+    if raw.dtype == torch.uint8:
+        raw = raw.to(torch.float64).div_(_LEVELS - 1)
     seen = raw if valid is None else raw.masked_select(valid)
     if seen.numel() == 0:
         return raw.to(torch.float64)
@@ -250,21 +263,87 @@ def _prepared(prediction: Tensor, mask: Tensor, valid: Tensor | None, stretch: b
     if not (smallest >= -_SLACK and largest <= 1 + _SLACK):  # written so that NaN fails too
         raise DataError(
             f"prediction ranges from {smallest:g} to {largest:g}; probabilities in [0, 1] are needed: apply "
-            "the sigmoid to logits, divide 8-bit maps by 255, and look for NaN in the model's output"
+            "the sigmoid to logits, pass 8-bit maps as uint8, and look for NaN in the model's output"
         )
-    if stretch and smallest < largest:
+    if stretch and smallest < largest and (smallest, largest) != (0, 1):
         # 0-d tensors, not Python floats: CUDA turns division by a host scalar into multiplication by its
         # reciprocal, which moves some values to the level below.
         return raw.to(torch.float64, copy=True).sub_(low).div_(high - low)
     return raw.to(torch.float64).clamp(0, 1) if smallest < 0 or largest > 1 else raw.to(torch.float64)
 
 
+def _check(prediction: Tensor, mask: Tensor, valid: Tensor | None) -> None:
+    """Raise `DataError` for a shape or a type that cannot be scored."""
+    if prediction.ndim != 2 or not (prediction.is_floating_point() or prediction.dtype == torch.uint8):
+        raise DataError(
+            f"prediction is {prediction.dtype} of shape {tuple(prediction.shape)}; a (H, W) tensor, floating for "
+            "probabilities or uint8 for levels of 255, is needed: pass one image"
+        )
+    for name, other in (("mask", mask), ("valid", valid)):
+        if other is not None and (other.dtype != torch.bool or other.shape != prediction.shape):
+            raise DataError(
+                f"{name} is {other.dtype} of shape {tuple(other.shape)}; a torch.bool tensor of shape "
+                f"{tuple(prediction.shape)}, the prediction's, is needed: compare first, as in {name} > 128"
+            )
+
+
+def level_values(prediction: Tensor, mask: Tensor, valid: Tensor | None, stretch: bool) -> Tensor:
+    """The prepared value of each level of a uint8 prediction, ``(256,)``; arguments and errors as in `prepared`."""
+    _check(prediction, mask, valid)
+    levels = torch.arange(_LEVELS, dtype=torch.uint8, device=prediction.device)[None]
+    seen = prediction if valid is None else _picked(prediction, valid)
+    low, high = torch.aminmax(seen) if seen.numel() else (levels[0, 0], levels[0, 0])
+    # As an image of its own, so that each level is prepared by the arithmetic that its pixels would be.
+    return prepared(levels, levels > 0, (levels >= low) & (levels <= high), stretch)[0]
+
+
+def _level_counts(prediction: Tensor, mask: Tensor, valid: Tensor | None) -> Tensor:
+    """Pixels outside and inside the mask by level of a uint8 or small int16 prediction, ``(2, 256)`` int64."""
+    pairs = prediction.to(torch.int16, copy=True).add_(mask, alpha=_LEVELS)
+    pairs = pairs.reshape(-1) if valid is None else _picked(pairs, valid)
+    return torch.bincount(pairs, minlength=2 * _LEVELS).view(2, _LEVELS)
+
+
+def _sizes(counts: Tensor) -> tuple[int, int]:
+    """Pixels inside the mask, and all pixels, of counts ``(2, ...)`` outside and inside it."""
+    return int(counts[1].sum()), int(counts.sum())
+
+
+def _moments(
+    prediction: Tensor, mask: Tensor, valid: Tensor | None, stretch: bool
+) -> Callable[[tuple[slice, slice]], tuple[_Moments, _Moments]]:
+    """Return what gives the prepared prediction's moments outside and inside the mask within an area."""
+    if prediction.dtype == torch.uint8:
+        levels = level_values(prediction, mask, valid, stretch)
+
+        def of_levels(area: tuple[slice, slice]) -> tuple[_Moments, _Moments]:
+            off, on = _level_counts(prediction[area], mask[area], None if valid is None else valid[area])
+            return _Moments.of_levels(levels, off), _Moments.of_levels(levels, on)
+
+        return of_levels
+    values = prepared(prediction, mask, valid, stretch)
+    inside, outside = (mask, ~mask) if valid is None else (mask & valid, valid & ~mask)
+
+    def of_pixels(area: tuple[slice, slice]) -> tuple[_Moments, _Moments]:
+        off, on = (_Moments.of(_picked(values[area], part[area])) for part in (outside, inside))
+        return off, on
+
+    return of_pixels
+
+
 def _selected(prediction: Tensor, mask: Tensor, valid: Tensor | None, stretch: bool) -> tuple[Tensor, Tensor]:
-    """Return prepared prediction and mask of the valid pixels only, ``(N,)``; errors as in `_prepared`."""
-    values = _prepared(prediction, mask, valid, stretch)
+    """Return prepared prediction and mask of the valid pixels only, ``(N,)``; errors as in `prepared`."""
+    values = prepared(prediction, mask, valid, stretch)
     if valid is None:
         return values.flatten(), mask.flatten()
-    return values.masked_select(valid), mask.masked_select(valid)
+    return _picked(values, valid), _picked(mask, valid)
+
+
+def _picked(values: Tensor, part: Tensor) -> Tensor:
+    """Return the elements of `values` where the bool tensor `part` of the same shape is set, ``(N,)``."""
+    if values.device.type != "cpu":
+        return values.masked_select(part)
+    return torch.from_numpy(values.numpy()[part.numpy()])  # three times faster than masked_select
 
 
 def _quadrants(inside: Tensor, foreground: int) -> list[tuple[slice, slice]]:
@@ -275,9 +354,7 @@ def _quadrants(inside: Tensor, foreground: int) -> list[tuple[slice, slice]]:
     """
     cuts = []
     for dim in (0, 1):
-        profile = inside.view(torch.uint8).sum(
-            dim=1 - dim, dtype=torch.int32
-        )  # several times faster than of bool
+        profile = inside.view(torch.uint8).sum(dim=1 - dim, dtype=torch.int32)  # several times faster than of bool
         moment = int((profile * torch.arange(profile.numel(), device=profile.device)).sum())
         cuts.append(round(moment / foreground) + 1)
     rows, columns = ((slice(0, cut), slice(cut, None)) for cut in cuts)
@@ -319,12 +396,14 @@ def _alignment(on_mask: Tensor, off_mask: Tensor, foreground: int, pixels: int) 
         on_mask: Any shape, integers; one entry per map.
         off_mask: As `on_mask`.
         foreground: Pixels of the mask.
-        pixels: Pixels of the image, at least 1.
+        pixels: Pixels of the image.
 
     Returns:
-        float64 tensor of the shape of `on_mask`.
+        float64 tensor of the shape of `on_mask`; NaN without a pixel.
     """
     on_mask, off_mask = on_mask.to(torch.float64), off_mask.to(torch.float64)
+    if pixels == 0:
+        return torch.full_like(on_mask, math.nan)
     marked = on_mask + off_mask
     if foreground == 0:
         total = pixels - marked

@@ -5,13 +5,14 @@ foreground changes nothing, and it writes down why. A :class:`SegmentationTask` 
 indices for the network and class indices back into exactly the user's values.
 
 Not here: reading masks (:mod:`semseg_automl.data.images`), counting their values
-(:mod:`semseg_automl.data.table`). Nothing in this module touches files or the network.
+(:mod:`semseg_automl.data.table`), the rules for what is a class and what is void
+(:mod:`semseg_automl.class_values`). Nothing in this module touches files or the network.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any, Literal
@@ -19,6 +20,19 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from semseg_automl.class_values import (
+    MAX_INFERRED,
+    VOID_NAMES,
+    Classes,
+    colour_classes,
+    ignored_values,
+    number_classes,
+    shorten,
+)
+from semseg_automl.data.colours import Colour, pack, spell, unpack
+from semseg_automl.data.encodings import NUMBERS, MaskEncoding
+from semseg_automl.data.modes import Modes, find_modes, snap
+from semseg_automl.data.pooling import PooledMasks, ignored_value, names_by_index, pool_masks
 from semseg_automl.errors import DataError, nearest
 
 IGNORE_INDEX = 255
@@ -28,11 +42,6 @@ MAX_CLASSES = 254
 """Class indices are uint8, where 255 is :data:`IGNORE_INDEX` and 254 marks unknown values while encoding."""
 
 _UNKNOWN = 254
-# Masks that passed through JPEG or a smoothing resize have grey levels by the dozen; label sets inferred
-# without the user naming a number of classes rarely have as many.
-_MAX_INFERRED = 64
-_MAX_SMALL_ID = 127
-_SHOWN = 12
 
 
 @dataclass(frozen=True)
@@ -50,13 +59,19 @@ class SegmentationTask:
 
     kind: Literal["binary", "multiclass"]
     values: tuple[int, ...]
-    """The value on disk of each class, increasing."""
+    """The value on disk of each class, increasing; of colours ``r << 16 | g << 8 | b``, background first."""
     class_names: tuple[str, ...]
     """One name for each class."""
     ignore_values: tuple[int, ...] = ()
     """Values on disk of pixels that belong to no class."""
     reasons: tuple[str, ...] = ()
     """Why this was inferred, as sentences."""
+    colours: bool = False
+    """Whether masks store colours, and predictions are written as RGB."""
+    palette: tuple[int, ...] = ()
+    """The packed colour of each index where masks are palette images; predictions are written with it."""
+    snapped: bool = False
+    """Whether other values in a mask become the nearest known one: masks were smoothed, or saved as JPEG."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("binary", "multiclass"):
@@ -65,16 +80,26 @@ class SegmentationTask:
             raise DataError(f"a {self.kind} task with values {self.values}; binary has two, multiclass at least two")
         if len(self.values) > MAX_CLASSES:
             raise DataError(f"{len(self.values)} classes; at most {MAX_CLASSES} fit into the class indices")
-        if list(self.values) != sorted(set(self.values)) or self.values[0] < 0:
+        ordered = self.values[1:] if self.colours else self.values
+        if list(ordered) != sorted(set(ordered)) or len(set(self.values)) != len(self.values) or min(self.values) < 0:
             raise DataError(f"class values {self.values}; use different numbers from 0 on, in increasing order")
         if len(self.class_names) != len(self.values) or len(set(self.class_names)) != len(self.class_names):
             raise DataError(
-                f"{len(self.class_names)} class names {_shorten(self.class_names)} for {len(self.values)} "
+                f"{len(self.class_names)} class names {shorten(self.class_names)} for {len(self.values)} "
                 "classes; give each class one name, all different"
             )
         both = sorted(set(self.values) & set(self.ignore_values))
         if both:
             raise DataError(f"values {both} are classes and ignored at the same time; choose one")
+        known = (*self.palette, *(self.values if self.colours else ()))
+        if any(not 0 <= colour <= 0xFFFFFF for colour in known) or len(self.palette) > 256:
+            raise DataError(
+                f"colours {shorten(known)} of a task; each is r << 16 | g << 8 | b, a palette has 256 at most"
+            )
+        if self.palette and (self.colours or max(self.values) >= len(self.palette)):
+            raise DataError(
+                f"a palette of {len(self.palette)} colours for {shorten(self.labels)}; each index needs one"
+            )
 
     @property
     def num_classes(self) -> int:
@@ -86,39 +111,69 @@ class SegmentationTask:
         """The number of score maps of the network: one for a binary task, else one per class."""
         return 1 if self.kind == "binary" else self.num_classes
 
+    @property
+    def labels(self) -> tuple[int | str, ...]:
+        """The value of each class as people write it: a number, or a colour such as ``'#ff0000'``."""
+        return tuple(self._spelled(value) for value in self.values)
+
     def encode(self, mask: NDArray[Any], *, name: str = "mask") -> NDArray[np.uint8]:
         """Return class indices ``(H, W)``, :data:`IGNORE_INDEX` where the mask holds an ignored value.
 
         Args:
-            mask: ``(H, W)`` of whole numbers as stored.
+            mask: ``(H, W)`` of whole numbers as stored; where the task has colours, packed, or RGB ``(H, W, 3)``.
             name: What errors call the mask.
 
         Raises:
             DataError: A value belongs to no class and is not ignored; the message counts its pixels.
         """
-        if mask.dtype == np.bool_:
+        if mask.ndim == 3 and self.colours:
+            mask = pack(mask)
+        if mask.ndim != 2:
+            raise DataError(f"{name}: a mask of shape {mask.shape}; pass (H, W){' or (H, W, 3)' * self.colours}")
+        if mask.dtype == np.bool_ or (self.snapped and not self.colours and _is_grey(mask)):
             mask = mask.astype(np.uint8)
-        if mask.dtype == np.uint8:
+        if mask.dtype == np.uint8 and not self.colours:
             encoded: NDArray[np.uint8] = self._encoding[mask]
         else:
-            known, indices = self._known
-            position = np.searchsorted(known, mask).clip(max=len(known) - 1)
-            encoded = np.where(known[position] == mask, indices[position], np.uint8(_UNKNOWN))
+            encoded = self._looked_up(mask)
         unknown = encoded == _UNKNOWN
         if unknown.any():
             found, pixels = np.unique(mask[unknown], return_counts=True)
-            listed = _shorten([f"{v} ({n} pixels)" for v, n in zip(found.tolist(), pixels.tolist(), strict=True)])
-            ignored = f", and {_shorten(self.ignore_values)} ignored" if self.ignore_values else ""
+            pairs = zip(found.tolist(), pixels.tolist(), strict=True)
+            listed = shorten([f"{self._spelled(v)} ({n} pixels)" for v, n in pairs])
+            naming = "color_map" if self.colours else "class_names"
             raise DataError(
-                f"{name}: the mask holds {listed}, which no class has; known are "
-                f"{_shorten(self.values)}{ignored}; correct the mask, or fit with class_names= or "
-                "ignore_label= naming these values"
+                f"{name}: the mask holds {listed}, which no class has; known are {self.known_text()}; correct "
+                f"the mask, or fit with {naming}= or ignore_label= naming these values"
             )
         return encoded
+
+    def unknown_values(self, counts: Mapping[int, int], encoding: MaskEncoding) -> dict[str, int]:
+        """Return what a mask holds that the task does not know, as people write it, and the pixels of each.
+
+        Args:
+            counts: The mask's values and how many pixels have them.
+            encoding: How the mask stores them.
+
+        Raises:
+            DataError: The task has colours, and a value of the mask is none.
+        """
+        if self.colours:
+            known = {*self.values, *self.ignore_values}
+            colours = {} if self.snapped else encoding.as_colours(counts)
+            unknown = {spell(colour): n for colour, n in sorted(colours.items()) if colour not in known}
+            if encoding.unlisted and not self.snapped:
+                unknown["other colours"] = encoding.unlisted
+            return unknown
+        if encoding.colours:
+            return {spell(colour): n for colour, n in sorted(counts.items())}
+        known = {*self.values, *self.ignore_values, *(range(256) if self.snapped else ())}
+        return {str(value): n for value, n in sorted(counts.items()) if value not in known}
 
     def decode(self, indices: NDArray[Any]) -> NDArray[np.unsignedinteger[Any]]:
         """Return class indices ``(H, W)`` as the user's own values, in the smallest unsigned type for all.
 
+        Colours are returned as RGB ``(H, W, 3)`` uint8.
         :data:`IGNORE_INDEX` becomes the first ignored value that an unsigned number can be.
 
         Raises:
@@ -129,7 +184,7 @@ class SegmentationTask:
         if indices.size and (indices.min() < 0 or top > IGNORE_INDEX or not allowed[indices].all()):
             wrong = sorted({int(i) for i in np.unique(indices)} - set(np.flatnonzero(allowed).tolist()))
             raise DataError(
-                f"class indices {_shorten(wrong)} cannot be written; there are {self.num_classes} classes, "
+                f"class indices {shorten(wrong)} cannot be written; there are {self.num_classes} classes, "
                 f"0 to {self.num_classes - 1}"
             )
         decoded: NDArray[np.unsignedinteger[Any]] = table[indices]
@@ -153,27 +208,50 @@ class SegmentationTask:
         missing = [key for key in ("kind", "values", "class_names") if key not in data]
         if missing:
             raise DataError(f"a task without {missing}; needed are kind, values and class_names")
-        types = {"values": int, "class_names": str, "ignore_values": int, "reasons": str}
+        types = {"values": int, "class_names": str, "ignore_values": int, "reasons": str, "palette": int}
         lists: dict[str, tuple[Any, ...]] = {}
         for key, kind in types.items():
             items = data.get(key, [])
             if not isinstance(items, (list, tuple)) or not all(type(item) is kind for item in items):
                 raise DataError(f"{key} of a task is {items!r}; give a list of {kind.__name__}")
             lists[key] = tuple(items)
-        return cls(kind=data["kind"], **lists)
+        colours, snapped = data.get("colours", False), data.get("snapped", False)
+        if not isinstance(colours, bool) or not isinstance(snapped, bool):
+            raise DataError(f"colours and snapped of a task are {colours!r} and {snapped!r}; give true or false")
+        return cls(kind=data["kind"], colours=colours, snapped=snapped, **lists)
 
     def __str__(self) -> str:
-        pairs = [f"{value} = {name}" for value, name in zip(self.values, self.class_names, strict=True)]
+        pairs = [f"{value} = {name}" for value, name in zip(self.labels, self.class_names, strict=True)]
         scores = "1 (foreground)" if self.kind == "binary" else f"{self.num_scores} (one per class)"
         return "\n".join(
             (
                 f"task:    {self.kind} segmentation, {self.num_classes} classes",
-                f"values:  {_shorten(pairs)}",
-                f"ignored: {_shorten(self.ignore_values) if self.ignore_values else 'nothing'}",
+                f"values:  {shorten(pairs)}",
+                f"ignored: {self._ignored_text() or 'nothing'}",
                 f"scores:  {scores}",
                 f"because: {'; '.join(self.reasons) if self.reasons else 'it was given'}",
             )
         )
+
+    def _spelled(self, value: int) -> int | str:
+        return spell(value) if self.colours else value
+
+    def known_text(self) -> str:
+        """Return the known values as errors list them."""
+        return shorten(self.labels) + (f", and {self._ignored_text()} ignored" if self.ignore_values else "")
+
+    def _ignored_text(self) -> str:
+        return shorten([self._spelled(value) for value in self.ignore_values])
+
+    def _looked_up(self, mask: NDArray[Any]) -> NDArray[np.uint8]:
+        """Return class indices of numbers of any size, `_UNKNOWN` where there is none."""
+        known, indices = self._known
+        if self.colours and self.snapped:
+            found, where = np.unique(mask, return_inverse=True)
+            nearest_known = snap(found, known.tolist(), colours=True)[0]
+            return indices[np.searchsorted(known, nearest_known)][where].reshape(mask.shape)
+        position = np.searchsorted(known, mask).clip(max=len(known) - 1)
+        return np.where(known[position] == mask, indices[position], np.uint8(_UNKNOWN))
 
     @cached_property
     def _known(self) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
@@ -188,37 +266,44 @@ class SegmentationTask:
         known, indices = self._known
         in_range = (known >= 0) & (known <= 255)
         table[known[in_range]] = indices[in_range]
+        if self.snapped:
+            return table[snap(range(256), known[in_range].tolist(), colours=False)[0]]
         return table
 
     @cached_property
     def _decoding(self) -> tuple[NDArray[np.unsignedinteger[Any]], NDArray[np.bool_]]:
         writable = [value for value in self.ignore_values if value >= 0]
-        table = np.zeros(256, dtype=np.min_scalar_type(max(*self.values, *writable)))
+        table: NDArray[np.unsignedinteger[Any]] = np.zeros(256, np.min_scalar_type(max(*self.values, *writable)))
         allowed = np.zeros(256, dtype=np.bool_)
         table[: self.num_classes] = self.values
         allowed[: self.num_classes] = True
         if writable:
             table[IGNORE_INDEX] = writable[0]
             allowed[IGNORE_INDEX] = True
-        return table, allowed
+        return unpack(table) if self.colours else table, allowed
 
 
 def infer_task(
     value_counts: Sequence[Mapping[int, int]],
     *,
+    encodings: Sequence[MaskEncoding] | None = None,
     num_classes: int | None = None,
     class_names: Sequence[str] | Mapping[int, str] | None = None,
-    ignore_label: int | None = None,
+    color_map: Mapping[int, str] | None = None,
+    ignore_label: int | Colour | None = None,
 ) -> SegmentationTask:
     """Infer the task from the values of all masks together.
 
     Args:
         value_counts: For each mask, its values and how many pixels have them.
+        encodings: For each mask, how it stores them; None for numbers of which nothing else is known.
         num_classes: The number of classes, background included, where some may be absent from these masks or
             where 255 is a class.
         class_names: Names in the order of the values, or a name for each value; values named here are classes
             even when no mask holds them.
-        ignore_label: The value of pixels that belong to no class.
+        color_map: A name for each packed colour (:func:`semseg_automl.data.colours.read_color_map`); those
+            called void, ignore or unlabeled are no classes.
+        ignore_label: The value, or colour, of pixels that belong to no class.
 
     Raises:
         DataError: There are no masks, only one class, more values than `num_classes` or `class_names` allow,
@@ -231,143 +316,106 @@ def infer_task(
     scores:  1 (foreground)
     because: the masks hold two values, 0 and 255; the lower is the background
     """
-    pixels: Counter[int] = Counter()
-    for counts in value_counts:
-        pixels.update({int(value): int(count) for value, count in counts.items() if count > 0})
+    encodings = [NUMBERS] * len(value_counts) if encodings is None else encodings
+    pooled = pool_masks(value_counts, encodings, colours_named=color_map is not None)
     if isinstance(class_names, str):
         raise DataError(f"class_names is the text {class_names!r}; give a list of names or {{value: name}}")
-    if not pixels:
+    if not pooled.pixels:
         raise DataError(f"{len(value_counts)} masks without a pixel; give at least one mask with two classes")
-    if class_names is not None and num_classes not in (None, len(class_names)):
-        raise DataError(f"num_classes={num_classes} but {len(class_names)} class_names; make them agree or give one")
-    names = dict(class_names) if isinstance(class_names, Mapping) else None
-    expected = len(class_names) if class_names is not None else num_classes
-    ignored, reasons = _ignored_values(sorted(pixels), expected, names, ignore_label)
-    found = [value for value in sorted(pixels) if value not in ignored]
-    _check_found(found, pixels, expected, ignored)
-    values, why = _class_values(found, expected, names)
-    reasons.append(why)
-    if names is None:
-        given: Sequence[str] = _default_names(values) if class_names is None else [*class_names]
-        names = dict(zip(values, given, strict=True))
+    if color_map is not None and class_names is not None:
+        raise DataError(
+            "class_names and color_map are both given; the color_map has the names, so leave out class_names"
+        )
+    names = class_names if color_map is None else color_map if pooled.colours else names_by_index(color_map, pooled)
+    ignored = ignored_value(ignore_label, pooled)
+    void: dict[int, str] = {}
+    if color_map is not None and isinstance(names, Mapping):
+        void = {value: name for value, name in names.items() if name.strip().lower() in VOID_NAMES}
+        names = {value: name for value, name in names.items() if value not in void}
+    if names is not None and num_classes not in (None, len(names)):
+        given = "class_names" if color_map is None else "classes in the color_map"
+        raise DataError(f"num_classes={num_classes} but {len(names)} {given}; make them agree or give one")
+    expected = len(names) if names is not None else num_classes
+    classes, snapped = _decide(pooled, expected, names, void, ignored)
+    reasons, palette = (*pooled.reasons, *classes.reasons), pooled.palette
+    if palette and max(classes.values) >= len(palette):
+        reasons, palette = (*classes.reasons, "the palette lacks a colour for some class and is left out"), ()
     return SegmentationTask(
-        kind="binary" if len(values) == 2 else "multiclass",
-        values=tuple(values),
-        class_names=tuple(str(names[value]) for value in values),
-        ignore_values=tuple(sorted(ignored)),
-        reasons=tuple(reasons),
+        kind="binary" if len(classes.values) == 2 else "multiclass",
+        values=classes.values,
+        class_names=classes.names,
+        ignore_values=classes.ignored,
+        reasons=reasons,
+        colours=pooled.colours,
+        palette=palette,
+        snapped=snapped,
     )
 
 
-def _ignored_values(
-    found: list[int], expected: int | None, names: dict[int, str] | None, ignore_label: int | None
-) -> tuple[set[int], list[str]]:
-    """Return the values to leave out and why: what the user said, -1, and 255 beside small ids."""
-    ignored: set[int] = set()
-    reasons: list[str] = []
-    if ignore_label is not None:
-        if names is not None and ignore_label in names:
-            raise DataError(f"ignore_label={ignore_label} is also named in class_names; remove one of the two")
-        ignored.add(ignore_label)
-        where = "" if ignore_label in found else ", though no mask holds it"
-        reasons.append(f"{ignore_label} is ignored because ignore_label says so{where}")
-    if -1 in found and -1 not in ignored:
-        ignored.add(-1)
-        reasons.append("-1 is ignored because no class can have a negative number")
-    classes = [value for value in found if value not in ignored]
-    others = [value for value in classes if value != 255]
-    if (
-        ignore_label is None
-        and 255 in classes
-        and len(others) >= 2
-        and max(others) <= _MAX_SMALL_ID
-        and not _are_grey_levels(classes)
-        and not _needs_255(len(classes), max(others), expected, names)
-    ):
-        ignored.add(255)
-        reasons.append(
-            f"255 is ignored because the other {len(others)} values are small numbers up to {max(others)} "
-            "(name it in class_names={value: name} to make it a class)"
-        )
-    return ignored, reasons
+def _decide(
+    pooled: PooledMasks,
+    expected: int | None,
+    names: Sequence[str] | Mapping[int, str] | None,
+    void: Mapping[int, str],
+    ignore_label: int | None,
+) -> tuple[Classes, bool]:
+    """Return the classes, and whether masks have to be snapped to them."""
+    find = colour_classes if pooled.colours else number_classes
+    reasons = [
+        f"{spell(value) if pooled.colours else value} is ignored because the color_map calls it {name}"
+        for value, name in void.items()
+    ]
+    by_value = dict(names) if isinstance(names, Mapping) else None
+    ignored, why = ignored_values(sorted(pooled.pixels), expected, by_value, ignore_label, colours=pooled.colours)
+    ignored |= void.keys()
+    modes = _smoothed(pooled, ignored, by_value, expected)
+    if modes is None:
+        decided = find(pooled.pixels, expected=expected, names=names, ignored=ignored, reasons=[*reasons, *why])
+        return decided, False
+    # Looked at again: among all the levels of smoothed masks the void value was not to be seen.
+    ignored, why = ignored_values(sorted(modes.pixels), expected, by_value, ignore_label, colours=pooled.colours)
+    ignored |= void.keys()
+    listed = shorten([spell(value) if pooled.colours else value for value in modes.values])
+    text = f"{modes.moved:.1%} of the pixels lie between the values {listed} and are taken as the nearest"
+    warnings.warn(
+        f"{text}: these masks were smoothed or saved as JPEG. Save masks as PNG without smoothing, or name every "
+        f"value that is a class of its own with {'color_map' if pooled.colours else 'class_names'}=",
+        stacklevel=3,
+    )
+    decided = find(modes.pixels, expected=expected, names=names, ignored=ignored, reasons=[*reasons, text, *why])
+    return decided, True
 
 
-def _needs_255(found: int, top: int, expected: int | None, names: dict[int, str] | None) -> bool:
-    """Whether what the user gave can only be met with 255 as a class, `top` being the largest other value.
-
-    A number of classes means 0 to that number where the other values allow it: of 21 classes a small data set may
-    well lack one, and 255 does not become the 21st.
-    """
-    if names is not None:
-        return 255 in names
-    return expected is not None and expected >= found and top >= expected
-
-
-def _are_grey_levels(values: list[int]) -> bool:
-    """Whether the values divide 0 to 255 evenly, as 0, 127, 255 do: classes painted as greys, none void."""
-    ladder = np.linspace(0, 255, len(values))
-    return bool(np.abs(ladder - values).max() <= 1)
-
-
-def _check_found(found: list[int], pixels: Mapping[int, int], expected: int | None, ignored: set[int]) -> None:
-    if any(value < 0 for value in found):
+def _smoothed(
+    pooled: PooledMasks, ignored: Collection[int], names: Mapping[int, str] | None, expected: int | None
+) -> Modes | None:
+    """Return the modes of smoothed masks; None where values may all be classes, or are no label masks at all."""
+    found = [value for value in pooled.pixels if value not in ignored]
+    if pooled.areas is None or pooled.palette or any(type(value) is not int for value in names or ()):
+        return None
+    extra = len(found) - expected if expected is not None and names is None else len([*set(found) - set(names or ())])
+    if extra <= 0:
+        return None
+    modes = find_modes(
+        pooled.pixels,
+        pooled.areas,
+        colours=pooled.colours,
+        given={*ignored, *(names or ())},
+        unlisted=pooled.unlisted,
+        known=expected is not None,
+    )
+    if modes is None or (expected is not None and len(set(modes.values) - set(ignored)) != expected):
+        return None
+    if modes.ambiguous and (expected is not None or len(found) > MAX_INFERRED):
+        close = shorten([spell(value) if pooled.colours else value for value in sorted(modes.close)])
+        why = f"{close} are too close" if close else f"{modes.far:.0%} of the pixels are far"
         raise DataError(
-            f"mask values {_shorten([v for v in found if v < 0])} are negative; number the classes from 0 "
-            "on, or name the one that is no class with ignore_label="
+            f"the masks hold {len(found)} different values, of which {len(modes.values)} fill areas, but {why} to "
+            "take every pixel as the nearest of them. Save masks as PNG without smoothing, threshold them, or name the "
+            "classes by value"
         )
-    if len(found) < 2:
-        what = f"the value {found[0]}" if found else "ignored values"
-        beside = f" beside the ignored {_shorten(sorted(ignored))}" if ignored and found else ""
-        raise DataError(
-            f"one class only: all masks together hold nothing but {what}{beside}; add masks that hold "
-            "another class (check that label= names the masks and that they are not empty)"
-        )
-    if expected is not None and len(found) > expected:
-        rarest = sorted(found, key=lambda value: pixels[value])[: len(found) - expected]
-        raise DataError(
-            f"the masks hold {len(found)} values, {_shorten(found)}, but {expected} classes were given (the "
-            f"background counts); the rarest are {_shorten([f'{v} ({pixels[v]} pixels)' for v in rarest])}: "
-            "correct the masks, raise num_classes, or name the value to leave out with ignore_label="
-        )
-    if expected is None and len(found) > _MAX_INFERRED:
-        raise DataError(
-            f"the masks hold {len(found)} different values, from {found[0]} to {found[-1]}; label masks "
-            "have few: these look like anti-aliased or JPEG masks, or like photographs. Save masks as PNG "
-            "without smoothing, threshold them, or give num_classes= if there are really so many"
-        )
+    return None if modes.ambiguous else modes
 
 
-def _class_values(found: list[int], expected: int | None, names: dict[int, str] | None) -> tuple[list[int], str]:
-    """Return the value of each class, those known only by name or number included, and why."""
-    if names is not None:
-        odd = [value for value in names if isinstance(value, bool) or not isinstance(value, int)]
-        if odd:
-            raise DataError(f"class_names has the keys {odd}; name each class by its number in the masks")
-        unnamed = [value for value in found if value not in names]
-        if unnamed:
-            raise DataError(
-                f"the masks hold {_shorten(unnamed)}, which class_names does not name; name every class, "
-                "or give the value to leave out as ignore_label="
-            )
-        return sorted(names), f"class_names names {len(names)} classes, of which the masks hold {len(found)}"
-    if expected is not None and expected > len(found):
-        if found[-1] >= expected:
-            raise DataError(
-                f"{expected} classes were given, but the masks hold only {len(found)}, {_shorten(found)}, "
-                "and their numbers have gaps; name the others with class_names={value: name}"
-            )
-        why = f"{expected} classes were given, numbered from 0 on; {len(found)} are in the masks"
-        return list(range(expected)), why
-    if len(found) == 2:
-        return found, f"the masks hold two values, {found[0]} and {found[1]}; the lower is the background"
-    gaps = "" if found[-1] - found[0] == len(found) - 1 else ", and gaps in their numbers are kept"
-    return found, f"the masks hold {len(found)} values, each is a class{gaps}"
-
-
-def _default_names(values: list[int]) -> list[str]:
-    return ["background", "foreground"] if len(values) == 2 else [f"class_{value}" for value in values]
-
-
-def _shorten(items: Sequence[object]) -> str:
-    shown = ", ".join(str(item) for item in items[:_SHOWN])
-    return shown if len(items) <= _SHOWN else f"{shown} and {len(items) - _SHOWN} more"
+def _is_grey(mask: NDArray[Any]) -> bool:
+    return mask.size > 0 and bool(mask.min() >= 0) and bool(mask.max() <= 255)

@@ -23,17 +23,21 @@ PACKAGE = "semseg_automl"
 # estimator, and cli and demo above it, as calls go.
 LAYERS = [
     "version errors third_party data",
-    "data.images tiling matching hardware",
+    "data.colours data.completeness data.npy tiling matching hardware",
+    "data.images data.encodings data.modes data.palettes",
+    "class_values data.pooling",
     "models task config saliency",
+    "confusion weighted_f",
+    "boundaries",
     "capacity peft losses metrics data.table data.transforms data.synthetic",
-    "data.dataset adaptation",
+    "data.dataset adaptation uncertainty",
     "plan",
     "build features callbacks",
     "training inference bundle",
     "evaluation report",
     "fitting",
     "estimator",
-    "serve tune export",
+    "serve tune export comparison",
     "demo",
     "cli",
 ]
@@ -44,7 +48,7 @@ SUBPACKAGES = ("models", "peft", "data")
 THROUGH_THE_DOOR = {"lightning", "torchmetrics", "timm", "segment_anything"}
 # Package -> the modules that may import it at run time; others may name its types under TYPE_CHECKING.
 OWNERS = {
-    "pandas": {"data.table", "estimator", "report"},
+    "pandas": {"data.table", "estimator", "report", "evaluation", "comparison"},
     "lightning": {"training", "callbacks", "data.dataset"},
     "timm": {"models.timm_encoder"},
     "segment_anything": {"models.sam"},

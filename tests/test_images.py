@@ -204,7 +204,7 @@ def test_read__file_that_is_no_image__says_what_it_is(tmp_path: Path, read: Any)
     for name, message in {
         "missing.png": r"missing\.png: no such file; check the path, and base_dir=",
         "empty.png": r"empty\.png: is empty \(0 bytes\)",
-        "text.png": r"text\.png: not an image that is read here.*allowed are JPEG, PNG, BMP, TIFF and WebP",
+        "text.png": r"text\.png: not an image that is read here.*allowed are JPEG, PNG, BMP, TIFF, WebP and .npy",
         "folder.png": r"folder\.png: is a folder",
         "a.gif": r"a\.gif: not an image that is read here",
         "nul\0.png": r"cannot be opened",
@@ -357,11 +357,18 @@ def test_read_mask__equal_channels__count_as_one(tmp_path: Path) -> None:
     assert np.array_equal(read_mask(saved(opaque, tmp_path / "b.png")), mask())
 
 
-def test_read_mask__colours__are_refused_with_the_way_out(tmp_path: Path) -> None:
-    colours = np.array([[200, 0, 0], [0, 200, 0]], np.uint8)[mask() % 2]
+def test_read_mask__colours__are_packed_where_wanted_and_else_refused(tmp_path: Path) -> None:
+    colours = np.array([[200, 0, 0], [0, 200, 1]], np.uint8)[mask() % 2]
+    packed = np.array([0xC80000, 0x00C801])[mask() % 2]
     for source in (colours, saved(colours, tmp_path / "a.png")):
-        with pytest.raises(DataError, match=r"a colour mask \(2 colours\); colour masks are not supported yet"):
+        assert np.array_equal(read_mask(source, colours=True), packed)
+        with pytest.raises(DataError, match=r"a colour mask \(2 colours\) where numbers are expected; write all masks"):
             read_mask(source)
+    assert read_mask(np.array([[0, 9]], np.uint8), colours=True).tolist() == [[0, 0x090909]]
+    with pytest.raises(DataError, match="the number 300 among colour masks, and grey levels are 0 to 255"):
+        read_mask(np.array([[0, 300]]), colours=True)
+    with pytest.raises(DataError, match="a colour mask of type uint16"):
+        read_mask(colours.astype(np.uint16))
 
 
 def test_read_mask__varying_transparency__is_refused() -> None:

@@ -24,15 +24,8 @@ from semseg_automl.metrics import (
     MeanAbsoluteError,
     SegmentationMetric,
     SMeasure,
-    balanced_error_rate,
-    binary_dice,
-    binary_iou,
+    WeightedFMeasure,
     build_metrics,
-    class_iou,
-    confusion_matrix,
-    mean_iou,
-    mean_iou_with_absent,
-    pixel_accuracy,
 )
 from semseg_automl.task import IGNORE_INDEX
 
@@ -104,6 +97,10 @@ IGNORED = image([[1, 0], [0, 1]], [[255, 255], [255, 255]])
         ("dice", [MIXED, EMPTY, ALARM], (0.5 + 1 + 0) / 3),
         ("iou_pooled", [MIXED, EMPTY, ALARM], 1 / 4),
         ("iou_pooled", [EMPTY, EMPTY], 1.0),
+        ("dice_pooled", [MIXED, EMPTY, ALARM], 2 / 5),
+        ("boundary_iou", [MIXED, EMPTY, ALARM], (1 / 3 + 1 + 0) / 3),
+        ("wf", [EMPTY], 0.0),
+        ("wf", [ALARM], 0.0),
         ("ber", [MIXED], 50.0),
         ("ber", [EMPTY], 0.0),
         ("ber", [ALARM], 25.0),
@@ -114,9 +111,7 @@ IGNORED = image([[1, 0], [0, 1]], [[255, 255], [255, 255]])
         ("accuracy", [MIXED, EMPTY, ALARM], 9 / 12),
     ],
 )
-def test_binary_metric__small_images__matches_hand_computation(
-    name: str, images: list[Image], expected: float
-) -> None:
+def test_binary_metric__small_images__matches_hand_computation(name: str, images: list[Image], expected: float) -> None:
     assert score(name, *images) == pytest.approx(expected, rel=0, abs=1e-12)
 
 
@@ -143,27 +138,6 @@ def test_iou__hard_labels_decide_and_not_the_scores() -> None:
     assert score("iou", (torch.zeros_like(scores), labels, target)) == pytest.approx(1 / 3)
 
 
-@pytest.mark.parametrize("num_classes", [2, 3, 7])
-def test_confusion_metrics__random_images__equal_scikit_learn(num_classes: int) -> None:
-    target, labels = torch.randint(num_classes, (40, 30)), torch.randint(num_classes, (40, 30))
-    target[torch.rand(40, 30) < 0.2] = IGNORE_INDEX
-    y_true, y_pred = target[target != IGNORE_INDEX].numpy(), labels[target != IGNORE_INDEX].numpy()
-    classes = list(range(num_classes))
-    confusion = confusion_matrix(labels, target, num_classes)
-    np.testing.assert_array_equal(
-        confusion.numpy(), sklearn_metrics.confusion_matrix(y_true, y_pred, labels=classes)
-    )
-    np.testing.assert_allclose(
-        class_iou(confusion).numpy(), sklearn_metrics.jaccard_score(y_true, y_pred, average=None), rtol=1e-12
-    )
-    assert float(mean_iou(confusion)) == pytest.approx(
-        sklearn_metrics.jaccard_score(y_true, y_pred, average="macro"), rel=1e-12
-    )
-    assert float(pixel_accuracy(confusion)) == pytest.approx(
-        sklearn_metrics.accuracy_score(y_true, y_pred), rel=1e-12
-    )
-
-
 def test_binary_metrics__random_images__equal_scikit_learn() -> None:
     images = random_images(2)
     valid = [target != IGNORE_INDEX for _, _, target in images]
@@ -176,8 +150,7 @@ def test_binary_metrics__random_images__equal_scikit_learn() -> None:
         "dice": np.mean([sklearn_metrics.f1_score(*pair) for pair in pairs]),
         "iou_pooled": sklearn_metrics.jaccard_score(*pooled),
         "ber": 100 * (1 - sklearn_metrics.balanced_accuracy_score(*pooled)),
-        "ber_per_image": 100
-        * np.mean([1 - sklearn_metrics.balanced_accuracy_score(*pair) for pair in pairs]),
+        "ber_per_image": 100 * np.mean([1 - sklearn_metrics.balanced_accuracy_score(*pair) for pair in pairs]),
         "accuracy": sklearn_metrics.accuracy_score(*pooled),
     }
     for name, value in expected.items():
@@ -201,6 +174,8 @@ def test_saliency_metrics__stored_images__equal_the_reference(shared: Callable[[
         "e_measure_max": "e_measure_max",
         "e_measure_adaptive": "e_measure_adaptive",
         "mae": "mae",
+        "wf": "wf_beta2_1",
+        "wf_03": "wf_beta2_03",
     }
     built = build_metrics(list(keys), kind="binary", num_classes=2)
     with np.load(shared("golden/saliency_metrics.npz")) as stored:
@@ -213,7 +188,9 @@ def test_saliency_metrics__stored_images__equal_the_reference(shared: Callable[[
             assert built[name].compute().item() == pytest.approx(float(stored[key]), rel=0, abs=1e-10), name
 
 
-@pytest.mark.parametrize("make", [SMeasure, EMeasure, MaxEMeasure, AdaptiveEMeasure, MeanAbsoluteError])
+@pytest.mark.parametrize(
+    "make", [SMeasure, EMeasure, MaxEMeasure, AdaptiveEMeasure, MeanAbsoluteError, WeightedFMeasure]
+)
 def test_saliency_metric__faint_but_right_prediction__is_perfect_only_with_stretch(
     make: Callable[..., SegmentationMetric],
 ) -> None:
@@ -378,34 +355,6 @@ def test_update__target_outside_the_classes__raises(name: str, bad: int) -> None
     assert metric.compute().isnan().all()
 
 
-def test_confusion_matrix__label_outside_the_classes__raises_unless_ignored() -> None:
-    labels, target = torch.tensor([0, 3]), torch.tensor([0, 1])
-    with pytest.raises(DataError, match="labels holds class indices 0 to 3; 0 to 1 are allowed"):
-        confusion_matrix(labels, target, 2)
-    target[1] = IGNORE_INDEX
-    assert confusion_matrix(labels, target, 2).tolist() == [[1, 0], [0, 0]]
-
-
-def test_confusion_matrix__arguments__are_left_as_they_were() -> None:
-    labels, target = torch.randint(3, (5, 6)), torch.randint(3, (5, 6))
-    before = labels.clone(), target.clone()
-    confusion_matrix(labels, target, 3)
-    assert torch.equal(labels, before[0])
-    assert torch.equal(target, before[1])
-
-
-def test_confusion_matrix__8_bit_indices_of_many_classes__do_not_overflow() -> None:
-    labels = torch.arange(200, dtype=torch.uint8)
-    assert torch.equal(confusion_matrix(labels, labels, 200), torch.eye(200, dtype=torch.int64))
-
-
-@pytest.mark.parametrize(
-    "function", [binary_iou, binary_dice, balanced_error_rate, mean_iou, mean_iou_with_absent, pixel_accuracy]
-)
-def test_confusion_score__no_pixel__is_nan(function: Callable[[Tensor], Tensor]) -> None:
-    assert function(torch.zeros(2, 2, dtype=torch.int64)).isnan()
-
-
 @pytest.mark.parametrize("kind", ["binary", "multiclass"])
 def test_default_metrics__kind__can_be_built_in_order(kind: str) -> None:
     names = DEFAULT_METRICS[kind]
@@ -443,8 +392,6 @@ def test_build_metrics__metric_of_the_other_kind__names_those_that_fit(
         (["iou", "dice", "iou"], "binary", 2, "more than once"),
     ],
 )
-def test_build_metrics__unusable_argument__raises(
-    names: list[str], kind: str, num_classes: int, message: str
-) -> None:
+def test_build_metrics__unusable_argument__raises(names: list[str], kind: str, num_classes: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_metrics(names, kind=kind, num_classes=num_classes)

@@ -76,9 +76,7 @@ def e_measure_by_definition(prediction: Array, mask: npt.NDArray[np.bool_]) -> l
 
 
 @pytest.mark.parametrize("index", range(15))
-def test_measures__stored_image__equal_the_reference(
-    answers: dict[str, npt.NDArray[np.generic]], index: int
-) -> None:
+def test_measures__stored_image__equal_the_reference(answers: dict[str, npt.NDArray[np.generic]], index: int) -> None:
     prediction, mask = stored_image(answers, index)
     for measure, key in ((s_measure, "s"), (e_measure, "e"), (mean_absolute_error, "mae")):
         expected = float(answers[f"{key}_per_image"][index])
@@ -169,9 +167,7 @@ def test_measures__perfect_prediction__are_best() -> None:
 
 
 @pytest.mark.parametrize(("level", "empty", "full"), [(0.0, 1.0, 0.0), (1.0, 0.0, 1.0), (0.25, 0.75, 0.25)])
-def test_s_measure__empty_or_full_mask__is_mean_of_constant_prediction(
-    level: float, empty: float, full: float
-) -> None:
+def test_s_measure__empty_or_full_mask__is_mean_of_constant_prediction(level: float, empty: float, full: float) -> None:
     prediction, mask = torch.full((6, 5), level), torch.zeros(6, 5, dtype=torch.bool)
     assert s_measure(prediction, mask).item() == empty
     assert s_measure(prediction, ~mask).item() == full
@@ -211,9 +207,7 @@ def test_measures__stretch__makes_a_faint_prediction_as_good_as_a_strong_one() -
     faint = 0.02 * strong
     for measure in MEASURES:
         torch.testing.assert_close(measure(faint, mask), measure(strong, mask), rtol=0, atol=1e-12)
-    assert mean_absolute_error(faint, mask, stretch=False).item() == pytest.approx(
-        0.98 * mask.double().mean().item()
-    )
+    assert mean_absolute_error(faint, mask, stretch=False).item() == pytest.approx(0.98 * mask.double().mean().item())
     assert s_measure(faint, mask, stretch=False).item() < 0.6
     assert e_measure(faint, mask, stretch=False).item() < e_measure(strong, mask, stretch=False).item()
 
@@ -233,9 +227,7 @@ def test_e_measure_curve__8_bit_quotient_in_float32__misses_levels_that_float64_
 
 @pytest.mark.parametrize("measure", MEASURES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_measures__any_floating_type__compute_in_float64(
-    measure: Callable[..., Tensor], dtype: torch.dtype
-) -> None:
+def test_measures__any_floating_type__compute_in_float64(measure: Callable[..., Tensor], dtype: torch.dtype) -> None:
     mask, prediction = disc(16, 8, 8, 4), torch.rand(16, 16).to(dtype).requires_grad_()
     score = measure(prediction, mask)
     assert score.dtype == torch.float64
@@ -254,9 +246,7 @@ def test_measures__arguments__are_left_as_they_were(measure: Callable[..., Tenso
 
 @pytest.mark.parametrize("measure", MEASURES)
 @pytest.mark.parametrize("stretch", [True, False])
-def test_measures__border_not_valid__equal_the_cropped_image(
-    measure: Callable[..., Tensor], stretch: bool
-) -> None:
+def test_measures__border_not_valid__equal_the_cropped_image(measure: Callable[..., Tensor], stretch: bool) -> None:
     mask, prediction = disc(24, 11, 9, 6), torch.rand(24, 24, dtype=torch.float64)
     valid = torch.zeros(24, 24, dtype=torch.bool)
     valid[:20, :21] = True
@@ -312,8 +302,8 @@ def test_measures__rounding_above_one__counts_as_one(stretch: bool) -> None:
 @pytest.mark.parametrize("measure", MEASURES)
 def test_measures__wrong_shape_or_type__raise(measure: Callable[..., Tensor]) -> None:
     mask = disc(5, 2, 2, 2)
-    with pytest.raises(DataError, match=r"prediction is torch\.uint8"):
-        measure(torch.zeros(5, 5, dtype=torch.uint8), mask)
+    with pytest.raises(DataError, match=r"prediction is torch\.int32"):
+        measure(torch.zeros(5, 5, dtype=torch.int32), mask)
     with pytest.raises(DataError, match=r"shape \(1, 5, 5\).*one image"):
         measure(torch.zeros(1, 5, 5), mask)
     with pytest.raises(DataError, match=r"mask is torch\.int64"):
@@ -322,3 +312,27 @@ def test_measures__wrong_shape_or_type__raise(measure: Callable[..., Tensor]) ->
         measure(torch.zeros(5, 5), mask[:4])
     with pytest.raises(DataError, match="valid is"):
         measure(torch.zeros(5, 5), mask, valid=mask.float())
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("stretch", [True, False])
+def test_measures__8_bit_levels__equal_their_quotient(measure: Callable[..., Tensor], stretch: bool) -> None:
+    empty, whole = torch.zeros(31, 25, dtype=torch.bool), torch.ones(31, 25, dtype=torch.bool)
+    some = torch.rand(31, 25) > 0.3
+    for low, high in ((0, 256), (10, 201), (77, 78), (0, 1), (255, 256), (3, 5)):
+        levels = torch.randint(low, high, (31, 25), dtype=torch.uint8)
+        for mask in (empty, whole, torch.rand(31, 25) > 0.6):
+            for valid in (None, some, empty):
+                counted = measure(levels, mask, valid=valid, stretch=stretch)
+                quotient = measure(levels.double() / 255, mask, valid=valid, stretch=stretch)
+                torch.testing.assert_close(counted, quotient, rtol=0, atol=1e-12, equal_nan=True)
+
+
+@pytest.mark.parametrize("index", range(15))
+def test_measures__stored_8_bit_image__equal_the_reference(
+    answers: dict[str, npt.NDArray[np.generic]], index: int
+) -> None:
+    levels, mask = torch.from_numpy(answers[f"pred_{index}"]), torch.from_numpy(answers[f"gt_{index}"]) > 128
+    for measure, key in ((s_measure, "s"), (e_measure, "e"), (mean_absolute_error, "mae")):
+        expected = float(answers[f"{key}_per_image"][index])
+        assert measure(levels, mask).item() == pytest.approx(expected, rel=0, abs=TOLERANCE), key

@@ -131,7 +131,8 @@ class MaskDataset(Dataset[Sample]):
             raise ValueError("MaskDataset needs a table with masks")
         name = self.table.row_name(row)
         image = read_image(self.table.images[row], name=name)
-        mask = self.task.encode(read_mask(self.table.masks[row], name=name), name=name)
+        stored = read_mask(self.table.masks[row], name=name, colours=self.task.colours)
+        mask = self.task.encode(stored, name=name)
         if self._cached_bytes + image.nbytes + mask.nbytes <= CACHE_BYTES:
             self._cache[row] = image, mask
             self._cached_bytes += image.nbytes + mask.nbytes

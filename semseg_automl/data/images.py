@@ -1,13 +1,13 @@
 """The only reader and writer of image files: pixels in, pixels out, or an error that names the file.
 
-Formats are recognised by their first bytes, never by the suffix, and only JPEG, PNG, BMP, TIFF and WebP are
-opened. Pillow reads the header, so a size is known and checked before anything is decoded; the common kinds
+Formats are recognised by their first bytes, never by the suffix, and only JPEG, PNG, BMP, TIFF, WebP and NumPy's
+.npy are opened. Pillow reads the header, so a size is known and checked before anything is decoded; the common kinds
 of JPEG and PNG are then decoded by OpenCV, which is faster, the others by Pillow. JPEG and PNG are walked
 segment by segment before, because some OpenCV versions fill the missing part of a truncated file with grey
 and say nothing.
 
 Not here: what mask values mean (:mod:`semseg_automl.task`), resizing (:mod:`semseg_automl.data.transforms`),
-colour masks, tables of paths (:mod:`semseg_automl.data.table`).
+how masks store classes (:mod:`semseg_automl.data.encodings`), tables (:mod:`semseg_automl.data.table`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import stat
 import struct
 import warnings
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
@@ -34,6 +35,10 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from semseg_automl.data.completeness import jpeg_is_complete, png_flaw
+from semseg_automl.data.encodings import StoredMask, plain_mask
+from semseg_automl.data.npy import NPY_START, npy_shape, read_npy
+from semseg_automl.data.palettes import palette_of, palette_png
 from semseg_automl.errors import DataError
 
 ImageSource: TypeAlias = str | os.PathLike[str] | np.ndarray[Any, Any] | Image.Image
@@ -67,10 +72,7 @@ _DAMAGE = (*_LANGUAGE, *_LIBRARIES)
 _EXIF_ORIENTATION = 0x0112
 _TIFF_BITS_PER_SAMPLE = 258
 _TIFF_SUBFILE_TYPE = 254
-# A JPEG marker that is neither a stuffed zero, nor a restart, nor a fill byte (ITU-T T.81, B.1.1.2).
-_JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
-_JPEG_END = 0xD9
-_ALLOWED = "allowed are JPEG, PNG, BMP, TIFF and WebP"
+_ALLOWED = "allowed are JPEG, PNG, BMP, TIFF, WebP and .npy"
 
 
 def read_image(source: ImageSource, *, name: str | None = None) -> NDArray[np.uint8]:
@@ -94,6 +96,8 @@ def read_image(source: ImageSource, *, name: str | None = None) -> NDArray[np.ui
     name = _name(source, name)
     if isinstance(source, np.ndarray):
         return _rgb(source, name)
+    if not isinstance(source, Image.Image) and _is_npy(source, name):
+        return _rgb(read_npy(source, name), name)
     if isinstance(source, Image.Image):
         _check_pixels(source.size, name)
         return _rgb(_pixels_of(_upright(source, name), name, as_stored=False), name)
@@ -101,31 +105,57 @@ def read_image(source: ImageSource, *, name: str | None = None) -> NDArray[np.ui
     return _rgb(_orient(_decode(header, data, name), _orientation(header, name)), name)
 
 
-def read_mask(source: ImageSource, *, name: str | None = None) -> NDArray[np.uint8] | NDArray[np.int32]:
+def read_mask(
+    source: ImageSource, *, name: str | None = None, colours: bool = False
+) -> NDArray[np.uint8] | NDArray[np.int32]:
     """Return a mask as ``(H, W)`` of the numbers it stores: uint8 where they fit, otherwise int32.
 
     Grey of any depth gives its levels, a palette image its indices (not its colours), two-valued images 0
     and 1, and three equal channels count as one. The EXIF orientation is applied as for images.
 
+    Args:
+        source: A path, an array, or a Pillow image.
+        name: As in :func:`read_image`.
+        colours: Whether the classes are colours: then every mask, also one of a palette or grey, gives packed
+            colours ``r << 16 | g << 8 | b``, int32.
+
     Raises:
-        DataError: As in :func:`read_image`; also for a colour mask, varying transparency, or fractions.
+        DataError: As in :func:`read_image`; also for varying transparency or fractions, and for a colour mask
+            unless `colours`.
 
     >>> read_mask(np.array([[False, True]]))
     array([[0, 1]], dtype=uint8)
     """
+    stored = read_stored_mask(source, name=name)
     name = _name(source, name)
-    if isinstance(source, np.ndarray):
-        return _whole_numbers(_one_channel(source, name), name)
+    return stored.as_colours(name) if colours else stored.as_numbers(name)
+
+
+def read_stored_mask(source: ImageSource, *, name: str | None = None) -> StoredMask:
+    """Return a mask as it is stored, with its palette; see :func:`read_mask`.
+
+    Raises:
+        DataError: As in :func:`read_mask`, but colours are allowed.
+    """
+    name = _name(source, name)
+    palette: tuple[int, ...] = ()
     if isinstance(source, Image.Image):
         _check_pixels(source.size, name)
         pixels = _pixels_of(_upright(source, name), name, as_stored=True)
-        return _whole_numbers(_one_channel(pixels, name), name)
-    data, header = _open(source, name)
-    pixels = _decode_deep(data, name) if _is_deep(header, data) else _pixels_of(header, name, as_stored=True)
-    if isinstance(header, PngImageFile) and data[25] == 0 and data[24] in (2, 4):
-        # Pillow spreads 2 and 4 bits of grey over 0..255; the file stores 0..3 and 0..15.
-        pixels = pixels // (255 // (2 ** data[24] - 1))
-    return _whole_numbers(_one_channel(_orient(pixels, _orientation(header, name)), name), name)
+        palette = palette_of(source)
+    elif isinstance(source, np.ndarray) or _is_npy(source, name):
+        pixels = source if isinstance(source, np.ndarray) else read_npy(source, name)
+    else:
+        data, header = _open(source, name)
+        pixels = _decode_deep(data, name) if _is_deep(header, data) else _pixels_of(header, name, as_stored=True)
+        palette = palette_of(header)
+        if isinstance(header, PngImageFile) and data[25] == 0 and data[24] in (2, 4):
+            # Pillow spreads 2 and 4 bits of grey over 0..255; the file stores 0..3 and 0..15.
+            pixels = pixels // (255 // (2 ** data[24] - 1))
+        pixels = _orient(pixels, _orientation(header, name))
+    if pixels.ndim in (2, 3):
+        _check_pixels((pixels.shape[1], pixels.shape[0]), name)
+    return StoredMask(plain_mask(pixels, name), palette)
 
 
 def image_size(source: ImageSource, *, name: str | None = None) -> tuple[int, int]:
@@ -138,10 +168,11 @@ def image_size(source: ImageSource, *, name: str | None = None) -> tuple[int, in
     (4, 6)
     """
     name = _name(source, name)
-    if isinstance(source, np.ndarray):
-        if source.ndim not in (2, 3):
-            raise DataError(f"{name}: an array of shape {source.shape}; pass (H, W) or (H, W, channels)")
-        return source.shape[0], source.shape[1]
+    if isinstance(source, np.ndarray) or (not isinstance(source, Image.Image) and _is_npy(source, name)):
+        shape = source.shape if isinstance(source, np.ndarray) else npy_shape(source, name)
+        if len(shape) not in (2, 3):
+            raise DataError(f"{name}: an array of shape {shape}; pass (H, W) or (H, W, channels)")
+        return shape[0], shape[1]
     if isinstance(source, Image.Image):
         turned = not isinstance(source, TiffImageFile) and source.getexif().get(_EXIF_ORIENTATION, 1) >= 5
         width, height = source.size
@@ -156,11 +187,18 @@ def image_size(source: ImageSource, *, name: str | None = None) -> tuple[int, in
         raise DataError(f"{name}: cannot be read ({error.strerror}); check its permissions and the disk") from error
 
 
-def write_png(path: str | os.PathLike[str], array: NDArray[np.uint8] | NDArray[np.uint16]) -> None:
+def write_png(
+    path: str | os.PathLike[str], array: NDArray[np.uint8] | NDArray[np.uint16], *, palette: Sequence[int] = ()
+) -> None:
     """Write uint8 ``(H, W)``, uint8 RGB ``(H, W, 3)`` or uint16 ``(H, W)`` as PNG, whole or not at all.
 
     The file is written beside its place under another name and renamed, so an interrupted program leaves no
     half file. Missing folders are created; an existing file is replaced.
+
+    Args:
+        path: Of the file.
+        array: The pixels.
+        palette: The packed colour of each index of a uint8 ``(H, W)`` array, for a palette image.
 
     Raises:
         DataError: The array has another shape or type, or the file cannot be written.
@@ -171,20 +209,33 @@ def write_png(path: str | os.PathLike[str], array: NDArray[np.uint8] | NDArray[n
             f"{path}: an array of {array.dtype} and shape {array.shape} cannot be written as PNG; "
             "pass uint8 (H, W) or (H, W, 3), or uint16 (H, W)"
         )
-    ok, encoded = cv2.imencode(".png", array if grey else np.ascontiguousarray(array[:, :, ::-1]))
-    if not ok:
-        raise DataError(f"{path}: OpenCV could not encode an array of {array.dtype} and shape {array.shape} as PNG")
+    if palette:
+        encoded = palette_png(array, palette, os.fspath(path))
+    else:
+        ok, coded = cv2.imencode(".png", array if grey else np.ascontiguousarray(array[:, :, ::-1]))
+        if not ok:
+            raise DataError(f"{path}: OpenCV could not encode {array.dtype} of shape {array.shape} as PNG")
+        encoded = coded.tobytes()
     target = Path(path)
     part = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            part.write_bytes(encoded.tobytes())
+            part.write_bytes(encoded)
             os.replace(part, target)
         finally:
             part.unlink(missing_ok=True)
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror}); check the folder and its free space") from error
+
+
+def _is_npy(path: str | os.PathLike[str], name: str) -> bool:
+    _check_plain_file(path, name)
+    try:
+        with open(path, "rb") as stream:
+            return stream.read(len(NPY_START)) == NPY_START
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read ({error.strerror}); check its permissions and the disk") from error
 
 
 def _name(source: ImageSource, name: str | None) -> str:
@@ -224,9 +275,9 @@ def _open(path: str | os.PathLike[str], name: str) -> tuple[bytes, ImageFile]:
         raise DataError(f"{name}: cannot be read ({error.strerror}); check its permissions and the disk") from error
     header = _open_header(io.BytesIO(data), name)
     _check_pixels(header.size, name)
-    if isinstance(header, JpegImageFile) and not _jpeg_is_complete(data):
+    if isinstance(header, JpegImageFile) and not jpeg_is_complete(data):
         raise _damaged(name, "the JPEG ends before its end marker")
-    if isinstance(header, PngImageFile) and (flaw := _png_flaw(data)):
+    if isinstance(header, PngImageFile) and (flaw := png_flaw(data)):
         raise _damaged(name, flaw)
     return data, header
 
@@ -273,36 +324,6 @@ def _check_pixels(size: tuple[int, int], name: str) -> None:
             f"{name}: {height} x {width} pixels (height x width) are more than the {MAX_PIXELS:,} that are "
             "opened; cut the image into smaller ones"
         )
-
-
-def _jpeg_is_complete(data: bytes) -> bool:
-    """Walk the segments up to the end marker; one inside an embedded thumbnail does not count."""
-    position = 2
-    while True:
-        marker = _JPEG_MARKER.search(data, position)
-        if marker is None:
-            return False
-        if data[marker.end() - 1] == _JPEG_END:
-            return True
-        if marker.end() + 2 > len(data):
-            return False
-        position = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
-
-
-def _png_flaw(data: bytes) -> str:
-    """Return what is wrong with the chunks of a PNG, or an empty string."""
-    position = 8
-    while position + 12 <= len(data):
-        length = int.from_bytes(data[position : position + 4], "big")
-        end = position + 8 + length
-        if end + 4 > len(data):
-            break
-        if zlib.crc32(memoryview(data)[position + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
-            return "a checksum of the PNG is wrong"
-        if data[position + 4 : position + 8] == b"IEND":
-            return ""
-        position = end + 4
-    return "the PNG ends before its last chunk"
 
 
 def _is_deep(header: ImageFile, data: bytes) -> bool:
@@ -409,42 +430,3 @@ def _rgb(pixels: NDArray[Any], name: str) -> NDArray[np.uint8]:
     if pixels.shape[2] == 1:
         return np.repeat(pixels, 3, axis=2)
     return np.ascontiguousarray(pixels[:, :, :3])
-
-
-def _one_channel(pixels: NDArray[Any], name: str) -> NDArray[Any]:
-    if pixels.ndim == 2:
-        return pixels
-    if pixels.ndim != 3 or pixels.shape[2] not in (1, 2, 3, 4):
-        raise DataError(f"{name}: a mask of shape {pixels.shape}; pass (H, W), one number per pixel")
-    if pixels.shape[2] in (2, 4):
-        alpha = pixels[:, :, -1]
-        if alpha.size and (alpha != alpha.flat[0]).any():
-            raise DataError(
-                f"{name}: a mask with varying transparency; write one number per pixel to a one-channel PNG"
-            )
-        pixels = pixels[:, :, :-1]
-    first = pixels[:, :, 0]
-    if any((pixels[:, :, channel] != first).any() for channel in range(1, pixels.shape[2])):
-        colours = len(np.unique(pixels.reshape(-1, 3), axis=0))
-        raise DataError(
-            f"{name}: a colour mask ({colours} colours); colour masks are not supported yet: give each "
-            "colour a number, ids[(mask == colour).all(axis=-1)] = number, and write ids to a one-channel PNG"
-        )
-    return first
-
-
-def _whole_numbers(pixels: NDArray[Any], name: str) -> NDArray[np.uint8] | NDArray[np.int32]:
-    _check_pixels((pixels.shape[1], pixels.shape[0]), name)
-    if pixels.dtype.kind not in "buif":
-        raise DataError(f"{name}: a mask of type {pixels.dtype}; use whole numbers, one per pixel")
-    if pixels.dtype.kind == "f" and not (np.isfinite(pixels).all() and (pixels == np.rint(pixels)).all()):
-        raise DataError(f"{name}: a mask with fractions; use whole numbers, one per class (a threshold gives 0 and 1)")
-    if pixels.dtype in (np.uint8, np.bool_):
-        return np.ascontiguousarray(pixels, dtype=np.uint8)
-    lowest, highest = int(pixels.min()), int(pixels.max())
-    limits = np.iinfo(np.int32)
-    if lowest < limits.min or highest > limits.max:
-        raise DataError(f"{name}: mask values from {lowest} to {highest}; use class numbers of at most {limits.max}")
-    if lowest >= 0 and highest <= 255:
-        return np.ascontiguousarray(pixels, dtype=np.uint8)
-    return np.ascontiguousarray(pixels, dtype=np.int32)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +23,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
-from semseg_automl.data.images import SUFFIXES, ImageSource, read_image, read_mask
+from semseg_automl.data.encodings import NUMBERS, MaskEncoding
+from semseg_automl.data.images import SUFFIXES, ImageSource, read_image, read_stored_mask
 from semseg_automl.errors import ConfigError, DataError, nearest
 
 TableSource: TypeAlias = pd.DataFrame | str | os.PathLike[str]
@@ -72,7 +73,9 @@ class RowCheck:
     size: tuple[int, int]
     """Height and width in pixels."""
     value_counts: dict[int, int]
-    """Each value of the mask and how many pixels have it; empty without a mask."""
+    """Each value of the mask, packed where it stores colours, and how many pixels have it; empty without a mask."""
+    encoding: MaskEncoding = NUMBERS
+    """How the mask stores its values."""
 
 
 def read_table(
@@ -230,7 +233,7 @@ def split_holdout(
         raise DataError(f"{len(checks)} checks for {len(table)} rows; pass the result of check_rows for this table")
     rng = np.random.default_rng(seed)
     tiebreak = rng.permutation(len(table))
-    order = np.lexsort((tiebreak, _foreground_share(checks)))
+    order = np.lexsort((tiebreak, _foreground_share(table, checks)))
     held = min(max(1, round(frac * len(table))), len(table) - 1)
     chosen = np.array([rng.choice(run) for run in np.array_split(order, held)])
     kept = np.setdiff1d(np.arange(len(table)), chosen)
@@ -346,31 +349,30 @@ def _check_row(table: MaskTable, position: int) -> RowCheck | str:
         if table.masks is None:
             return RowCheck(size=size, value_counts={})
         source = table.masks[position]
-        mask = read_mask(source, name=name)
+        mask = read_stored_mask(source, name=name)
     except DataError as error:
         return str(error)
-    if mask.shape != size:
-        turned = " (turned: see the EXIF orientation of both)" if mask.shape == size[::-1] else ""
+    height, width = mask.pixels.shape[:2]
+    if (height, width) != size:
+        turned = " (turned: see the EXIF orientation of both)" if (width, height) == size else ""
         return (
-            f"{name}, {_source_name(source)}: the mask is {mask.shape[0]} x {mask.shape[1]} pixels "
+            f"{name}, {_source_name(source)}: the mask is {height} x {width} pixels "
             f"but the image {size[0]} x {size[1]} (height x width){turned}; make the sizes equal, or pair "
             "the right files"
         )
-    return RowCheck(size=size, value_counts=_count(mask))
+    counts, encoding = mask.survey()
+    return RowCheck(size=size, value_counts=counts, encoding=encoding)
 
 
-def _count(mask: NDArray[np.uint8] | NDArray[np.int32]) -> dict[int, int]:
-    if mask.dtype == np.uint8:
-        counts = np.bincount(mask.ravel(), minlength=256)
-        return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
-    values, numbers = np.unique(mask, return_counts=True)
-    return dict(zip(values.tolist(), numbers.tolist(), strict=True))
-
-
-def _foreground_share(checks: Sequence[RowCheck]) -> NDArray[np.float64]:
+def _foreground_share(table: MaskTable, checks: Sequence[RowCheck]) -> NDArray[np.float64]:
     """Return for each row the share of pixels without the most frequent value of all rows, ``(N,)``."""
+    counts: list[Mapping[int, int]] = [check.value_counts for check in checks]
+    if any(check.encoding.colours for check in checks):
+        counts = [
+            check.encoding.as_colours(check.value_counts, table.row_name(row)) for row, check in enumerate(checks)
+        ]
     pixels: Counter[int] = Counter()
-    for check in checks:
-        pixels.update(check.value_counts)
+    for count in counts:
+        pixels.update(count)
     common = pixels.most_common(1)[0][0] if pixels else 0
-    return np.array([1 - c.value_counts.get(common, 0) / max(1, sum(c.value_counts.values())) for c in checks])
+    return np.array([1 - count.get(common, 0) / max(1, sum(count.values())) for count in counts])
