@@ -68,6 +68,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"optim.peft": "lora"},
     "conv_lora_reference": REFERENCE,
     "conv_lora": {"optim.peft": "conv_lora"},
+    "lora_reference": {"optim.peft": "lora", "optim.lora.rank": 3, "optim.lora.alpha": 32.0},
     "lst": {"optim.peft": "lst"},
     "sam_adapter": {"optim.peft": "sam_adapter"},
     "full": {"optim.peft": "full"},
