@@ -234,6 +234,14 @@ def test_conv_lora__compiled_as_one_graph__keeps_output_and_gradients() -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)  # the eager products are taken in another order
 
 
+def test_conv_lora__compiled__takes_further_grids_without_a_graph_break() -> None:
+    layer = random_layer(torch.float32)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for size in ((6, 5), (7, 9), (4, 8)):  # from the second on, torch takes sizes for variables
+        x = torch.randn(3, *size, 10)
+        torch.testing.assert_close(compiled(x), layer(x))
+
+
 def test_squared_variation__single_value__is_zero() -> None:
     assert squared_variation(torch.tensor([3.0])) == 0
     torch.testing.assert_close(squared_variation(torch.tensor([1.0, 3.0])), torch.tensor(0.5))

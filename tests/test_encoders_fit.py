@@ -123,5 +123,5 @@ def test_fit__method_that_a_timm_network_cannot_take__names_those_it_can(folder:
 
     torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "net.pth")
     settings = {"model.encoder": "timm/resnet10t", "model.checkpoint": str(tmp_path / "net.pth"), "optim.peft": "lora"}
-    with pytest.raises(UnsupportedCombination, match="decoder_only, full"):
+    with pytest.raises(UnsupportedCombination, match="decoder_only, bitfit, full"):
         fitted(folder, tmp_path / "run", **settings)

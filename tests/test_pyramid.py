@@ -111,7 +111,7 @@ def test_timm_pyramid__training_mode__drops_no_paths_unless_asked() -> None:
 
 @pytest.mark.parametrize("method", ["lora", "conv_lora"])
 def test_timm_pyramid__method_for_attention__names_the_methods_that_work(method: str) -> None:
-    with pytest.raises(UnsupportedCombination, match="decoder_only, full"):
+    with pytest.raises(UnsupportedCombination, match="decoder_only, bitfit, full"):
         build_method(method, {}).apply(pyramid("resnet"))
 
 

@@ -11,6 +11,7 @@ synchronisation. The plain form is the oracle in the tests, not in this file.
 from __future__ import annotations
 
 import math
+import operator
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -285,8 +286,11 @@ class ConvLoraLinear(LoraLinear):
         dtype = z.dtype if z.dtype in (torch.float32, torch.float64) else torch.float32
         with torch.autocast(device_type=z.device.type, enabled=False):
             z = z.to(dtype)
-            row_taps, row_weights = expert_matrices(height, self.experts, self.interpolation, z.device, dtype)
-            column_taps, column_weights = expert_matrices(width, self.experts, self.interpolation, z.device, dtype)
+            # index: a compiler that has seen several sizes hands on symbols, of which no matrix can be made.
+            sides = operator.index(height), operator.index(width)
+            (row_taps, row_weights), (column_taps, column_weights) = (
+                expert_matrices(side, self.experts, self.interpolation, z.device, dtype) for side in sides
+            )
             phases = row_taps.shape[1]
             row_taps, column_taps = row_taps[expert], column_taps[expert]  # (B, P, 3, L, L)
             kernel = self.expert_weight.to(dtype)[expert]  # (B, out, in, t, u)
