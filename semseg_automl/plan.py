@@ -18,6 +18,7 @@ from semseg_automl.errors import ConfigError, UnsupportedCombination, check_know
 from semseg_automl.hardware import Hardware
 from semseg_automl.losses import CRITERIA
 from semseg_automl.models.facts import EncoderFacts
+from semseg_automl.peft import METHODS
 from semseg_automl.task import SegmentationTask
 
 
@@ -148,7 +149,7 @@ def make_plan(
         input_size=input_size,
         rows=stats.rows,
         frozen_prefix=has_frozen_prefix(peft, peft_options, encoder.depth),
-        grids_read=encoder.depth if peft == "lst" else encoder.taps,
+        grids_read=encoder.depth if METHODS[peft].reads_all_blocks else encoder.taps,
         reasons=reasons,
     )
     return Plan(

@@ -21,31 +21,36 @@ from semseg_automl.peft.conv_lora import ConvLoraLinear
 from semseg_automl.peft.lora import LoraLinear
 
 # (sequences, H, W, head width): windows of several heads, a wide and a tall grid, one row.
-GRIDS = [(6, 14, 14, 8), (3, 5, 9, 16), (2, 20, 7, 4), (4, 1, 6, 8)]
+GRIDS = [(6, 14, 14, 8), (6, 5, 5, 8), (3, 5, 9, 16), (2, 20, 7, 4), (4, 1, 6, 8)]
 FORMS: dict[str, Callable[..., Tensor]] = {"chunked": relative_attention, "augmented": augmented_attention}
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tensor) -> Tensor:
-    """The formula as it is written."""
+    """The formula as it is written; keys beyond the grid have no bias."""
     scores = q @ k.transpose(1, 2) * q.shape[-1] ** -0.5
-    attended: Tensor = (scores + (bias_h[..., :, None] + bias_w[..., None, :]).flatten(2)).softmax(dim=-1) @ v
+    bias = (bias_h[..., :, None] + bias_w[..., None, :]).flatten(2)
+    bias = torch.cat([bias, bias.new_zeros(*bias.shape[:2], k.shape[1] - bias.shape[2])], dim=2)
+    attended: Tensor = (scores + bias).softmax(dim=-1) @ v
     return attended
 
 
-def inputs(grid: tuple[int, int, int, int], dtype: torch.dtype) -> list[Tensor]:
+def inputs(grid: tuple[int, int, int, int], dtype: torch.dtype, prompts: int = 0) -> list[Tensor]:
+    """Draw queries, keys and values, with those of `prompts` behind the grid's, and the two biases."""
     sequences, height, width, dim = grid
-    shapes = [dim, dim, dim, height, width]
-    return [torch.randn(sequences, height * width, s, dtype=dtype, requires_grad=True) for s in shapes]
+    cells = height * width
+    shapes = [(cells, dim), (cells + prompts, dim), (cells + prompts, dim), (cells, height), (cells, width)]
+    return [torch.randn(sequences, *shape, dtype=dtype, requires_grad=True) for shape in shapes]
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("chunk", [64, 2**20])
+@pytest.mark.parametrize("prompts", [0, 1, 12])
+@pytest.mark.parametrize("chunk", [16, 64, 200, 2**20])
 def test_relative_attention__float64__equals_the_plain_form_with_its_gradients(
-    form: str, grid: tuple[int, int, int, int], chunk: int, monkeypatch: pytest.MonkeyPatch
+    form: str, grid: tuple[int, int, int, int], prompts: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "CACHED_SCORES", chunk)  # 64: every sequence in several pieces
-    tensors = inputs(grid, torch.float64)
+    monkeypatch.setattr(attention, "CACHED_SCORES", chunk)  # 16, 64: every sequence in several pieces
+    tensors = inputs(grid, torch.float64, prompts)
     expected = plain_attention(*tensors)
     got = FORMS[form](*tensors)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
@@ -55,9 +60,12 @@ def test_relative_attention__float64__equals_the_plain_form_with_its_gradients(
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize(("grid", "prompts"), [((6, 14, 14, 8), 0), ((6, 7, 7, 8), 12)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_relative_attention__half_precision__is_near_float32(dtype: torch.dtype) -> None:
-    tensors = inputs((6, 14, 14, 8), torch.float32)
+def test_relative_attention__half_precision__is_near_float32(
+    dtype: torch.dtype, grid: tuple[int, int, int, int], prompts: int
+) -> None:
+    tensors = inputs(grid, torch.float32, prompts)
     halves = [x.detach().to(dtype).requires_grad_() for x in tensors]
     expected, got = plain_attention(*tensors), relative_attention(*halves)
     assert got.dtype == dtype
@@ -68,8 +76,9 @@ def test_relative_attention__half_precision__is_near_float32(dtype: torch.dtype)
         torch.testing.assert_close(found.float(), right, rtol=0.1, atol=0.1)
 
 
-def test_relative_attention__any_use__passes_torch_s_own_checks_of_an_operator() -> None:
-    tensors = inputs((2, 3, 4, 8), torch.float64)
+@pytest.mark.parametrize("prompts", [0, 5])
+def test_relative_attention__any_use__passes_torch_s_own_checks_of_an_operator(prompts: int) -> None:
+    tensors = inputs((2, 3, 4, 8), torch.float64, prompts)
     torch.library.opcheck(attention._chunked_attention, tuple(tensors))
 
 

@@ -1,9 +1,8 @@
-"""VPT: attention kernels with keys that have no place in the grid, and prompts before timm's sequences."""
+"""VPT: prompts before timm's sequences, and how they are drawn; the kernels' part is tested in test_attention.py."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,16 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from semseg_automl.build import build_method
-from semseg_automl.models import attention
-from semseg_automl.models.attention import augmented_attention, relative_attention
 from semseg_automl.models.timm_encoder import TimmViT
 from semseg_automl.models.tiny_vit import TinyViT
 from semseg_automl.peft.vpt import PrependedAttention, PromptedAttention
 from semseg_automl.third_party import timm
 
-# (sequences, H, W, head width)
-GRIDS = [(6, 5, 5, 8), (3, 5, 9, 16), (4, 1, 6, 8)]
-FORMS: dict[str, Callable[..., Tensor]] = {"chunked": relative_attention, "augmented": augmented_attention}
 TINY: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 56}
 VITS = {
     "deit": "deit_tiny_patch16_224",  # a class token, no rotary positions
@@ -28,57 +22,6 @@ VITS = {
     "eva02": "eva02_tiny_patch14_224",
     "rope_mixed": "vit_small_patch16_rope_mixed_224",  # other rotary positions in every block and head
 }
-
-
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tensor) -> Tensor:
-    """The formula as it is written; keys beyond the grid have no bias."""
-    scores = q @ k.transpose(1, 2) * q.shape[-1] ** -0.5
-    bias = (bias_h[..., :, None] + bias_w[..., None, :]).flatten(2)
-    bias = torch.cat([bias, bias.new_zeros(*bias.shape[:2], k.shape[1] - bias.shape[2])], dim=2)
-    attended: Tensor = (scores + bias).softmax(dim=-1) @ v
-    return attended
-
-
-def inputs(grid: tuple[int, int, int, int], further: int, dtype: torch.dtype) -> list[Tensor]:
-    """Draw queries, keys, values and the two biases."""
-    sequences, height, width, dim = grid
-    cells = height * width
-    shapes = [(cells, dim), (cells + further, dim), (cells + further, dim), (cells, height), (cells, width)]
-    return [torch.randn(sequences, *shape, dtype=dtype, requires_grad=True) for shape in shapes]
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("chunk", [16, 200, 2**20])
-@pytest.mark.parametrize("further", [1, 12])
-@pytest.mark.parametrize("grid", GRIDS)
-def test_relative_attention__further_keys__equals_the_plain_form_with_its_gradients(
-    grid: tuple[int, int, int, int], further: int, chunk: int, form: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(attention, "CACHED_SCORES", chunk)  # 16: every sequence in several pieces
-    tensors = inputs(grid, further, torch.float64)
-    expected, got = plain_attention(*tensors), FORMS[form](*tensors)
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
-    weights = torch.randn_like(expected)
-    wanted = torch.autograd.grad(expected, tensors, weights)
-    for found, right in zip(torch.autograd.grad(got, tensors, weights), wanted, strict=True):
-        torch.testing.assert_close(found, right, rtol=0, atol=1e-10)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_relative_attention__further_keys_in_half_precision__is_near_float32(dtype: torch.dtype) -> None:
-    tensors = inputs((6, 7, 7, 8), 12, torch.float32)
-    halves = [x.detach().to(dtype).requires_grad_() for x in tensors]
-    expected, got = plain_attention(*tensors), relative_attention(*halves)
-    assert got.dtype == dtype
-    torch.testing.assert_close(got.float(), expected, rtol=0.05, atol=0.05)
-    wanted = torch.autograd.grad(expected.sum(), tensors)
-    for found, right in zip(torch.autograd.grad(got.sum(), halves), wanted, strict=True):
-        assert found.dtype == dtype
-        torch.testing.assert_close(found.float(), right, rtol=0.1, atol=0.1)
-
-
-def test_relative_attention__further_keys__passes_torch_s_own_checks_of_an_operator() -> None:
-    torch.library.opcheck(attention._chunked_attention, tuple(inputs((2, 3, 4, 8), 5, torch.float64)))
 
 
 def prompted_vit(kind: str) -> tuple[TimmViT, TimmViT]:

@@ -8,11 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from semseg_automl.errors import ConfigError
 from semseg_automl.models.encoder import TOKENS, Encoder, Prompter
-from semseg_automl.peft.base import PeftMethod, check_width, freeze_pretrained
+from semseg_automl.peft.base import PeftMethod, freeze_pretrained
 
 HIGH_PASS = 0.25
 """Share of the spectrum's area, at its low frequencies, that SAM-Adapter takes out of the image."""
+
+
+def check_width(setting: str, width: int, largest: int) -> None:
+    """Raise `ConfigError` naming the setting unless ``1 <= width <= largest``."""
+    if not 1 <= width <= largest:
+        raise ConfigError(f"{setting} is {width}; allowed here: 1 to {largest}.")
 
 
 class AdapterLinear(nn.Module):

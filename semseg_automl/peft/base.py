@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from semseg_automl.errors import ConfigError, UnsupportedCombination
+from semseg_automl.errors import UnsupportedCombination
 from semseg_automl.models.encoder import Encoder
 from semseg_automl.models.mask_decoder import MaskDecoder
 
@@ -33,6 +33,8 @@ class PeftMethod(ABC):
     """Why what was learned cannot be folded into the base weights; empty where it can."""
     frozen_prefix: ClassVar[bool] = False
     """Whether all blocks stay frozen and see nothing trained, so that their features need computing only once."""
+    reads_all_blocks: ClassVar[bool] = False
+    """Whether the tokens after every block are read later on, not only those that the neck taps."""
 
     def apply(self, encoder: Encoder) -> None:
         """Adapt `encoder` in place.
@@ -95,12 +97,6 @@ def _mergeable() -> list[str]:
     from semseg_automl.peft import METHODS
 
     return [name for name, method in METHODS.items() if not method.not_mergeable]
-
-
-def check_width(setting: str, width: int, largest: int) -> None:
-    """Raise `ConfigError` naming the setting unless ``1 <= width <= largest``."""
-    if not 1 <= width <= largest:
-        raise ConfigError(f"{setting} is {width}; allowed here: 1 to {largest}.")
 
 
 def freeze_pretrained(encoder: Encoder) -> None:

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from semseg_automl.errors import ConfigError
+from semseg_automl.errors import ConfigError, UnsupportedCombination
 from semseg_automl.models.attention import pad_projected
 from semseg_automl.models.encoder import Seam
 from semseg_automl.models.layers import window_partition, window_unpartition
-from semseg_automl.peft.lora import Lora, LoraLinear, Scaling, refuse_cut_windows
+from semseg_automl.peft.lora import Lora, LoraLinear, Scaling
 
 Activation = Literal["gelu", "none"]
 Interpolation = Literal["bicubic", "bilinear"]
@@ -385,8 +385,11 @@ class ConvLora(Lora):
         Raises:
             UnsupportedCombination: experts are to see the whole grid, which the layer is never handed.
         """
-        if not self.windowed:
-            refuse_cut_windows(self.name, seam)
+        if seam.in_windows and not self.windowed:
+            raise UnsupportedCombination(
+                f"optim.lora.windowed is false with optim.peft='{self.name}', but this encoder hands its layers one "
+                "window at a time. Leave it out, or use sam_vit_b, sam_vit_l or sam_vit_h."
+            )
         return ConvLoraLinear(
             seam.module,
             rank=self.rank,

@@ -30,7 +30,7 @@ from semseg_automl.models.sam_names import to_sam_names
 from semseg_automl.models.segmentation_model import SegmentationModel
 from semseg_automl.peft.base import trainable_parameters
 from semseg_automl.peft.conv_lora import ConvLoraLinear
-from semseg_automl.peft.lora import LoraLinear
+from semseg_automl.peft.lora import LoraLinear, scale_of
 
 AUTOGLUON_ALPHA = 32.0  # unless its user changed it; its files do not say
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -425,7 +425,7 @@ def _check_layer(layer: LoraLinear, found: _Parts, source: str) -> None:
 
 def _check_scaling(layer: LoraLinear, options: dict[str, Any], source: str) -> None:
     alpha, rule = options["alpha"], options["scaling"]
-    scaling = alpha / (options["rank"] if rule == "rank" else math.sqrt(options["rank"]))
+    scaling = scale_of(alpha, options["rank"], rule)
     if not math.isclose(scaling, layer.scaling, rel_tol=1e-6):
         raise CheckpointError(
             f"{source} scales its correction by {scaling:g} (alpha {alpha:g}, rule {rule}), the model by "

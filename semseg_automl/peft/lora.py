@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from semseg_automl.errors import ConfigError, UnsupportedCombination
+from semseg_automl.errors import ConfigError
 from semseg_automl.models.encoder import Encoder, Seam
 from semseg_automl.models.mask_decoder import MaskDecoder, TokenAttention
 from semseg_automl.peft.base import PeftMethod, freeze_pretrained
@@ -254,12 +254,3 @@ class Lora(PeftMethod):
     def learning_rate_ratio(self, parameter_name: str) -> float:
         """Return the parameter's learning rate as a multiple of the plan's."""
         return self.b_lr_ratio if parameter_name.endswith("lora_B") else 1.0
-
-
-def refuse_cut_windows(method: str, seam: Seam) -> None:
-    """Raise `UnsupportedCombination` where a layer cannot see the grid whole."""
-    if seam.in_windows:
-        raise UnsupportedCombination(
-            f"optim.lora.windowed is false with optim.peft='{method}', but this encoder hands its layers one window at "
-            "a time. Leave it out, or use sam_vit_b, sam_vit_l or sam_vit_h."
-        )

@@ -94,6 +94,7 @@ class Lst(PeftMethod):
     needs: ClassVar[frozenset[str]] = frozenset({TOKENS})
     not_mergeable: ClassVar[str] = "it is a network of its own beside the encoder"
     frozen_prefix: ClassVar[bool] = True
+    reads_all_blocks: ClassVar[bool] = True
 
     def __init__(self, *, width: int | None = None) -> None:
         if width is not None and (width < HEADS or width % HEADS):
