@@ -78,6 +78,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "conv_lora_dora": {"optim.peft": "conv_lora", "optim.lora.dora": True},
     "conv_lora_rs": {"optim.peft": "conv_lora", "optim.lora.scaling": "sqrt_rank"},
     "conv_lora_plus": {"optim.peft": "conv_lora", "optim.lora.b_lr_ratio": 4},
+    "conv_lora_decoder": {"optim.peft": "conv_lora", "optim.lora.decoder_rank": 8},
+    "lora_no_detail": {"optim.peft": "lora", "model.detail": False},
+    "conv_lora_no_detail": {"optim.peft": "conv_lora", "model.detail": False},
 }
 """Name to hyperparameters over the preset "fast"; what is not named here is the plan's own choice."""
 
