@@ -6,8 +6,9 @@ import pandas as pd
 
 from semseg_automl.data.table import check_rows
 from semseg_automl.errors import UnsupportedCombination
-from semseg_automl.estimator import Metrics, SemanticSegmentor, Table
+from semseg_automl.estimator import SemanticSegmentor
 from semseg_automl.evaluation import check_values, tally_table
+from semseg_automl.fitted import Metrics, Table
 from semseg_automl.uncertainty import Comparison
 
 

@@ -2,7 +2,7 @@
 
 Each message says what we got, what is allowed, and what to do. Each class is also a builtin ``ValueError`` or
 ``RuntimeError``, so that code which knows nothing of this package can still catch it. The one error that is
-scikit-learn's too, ``NotFittedError``, stands beside the estimator, so that this module imports nothing heavy.
+scikit-learn's too, ``NotFittedError``, stands beside the fitted segmentor, so that this module imports nothing heavy.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from sklearn.base import clone
 from semseg_automl import FailedPrediction, SemanticSegmentor, draw_dataset
 from semseg_automl.data.images import read_image, read_mask
 from semseg_automl.errors import BundleError, ConfigError, DataError, TrainingError
-from semseg_automl.estimator import NotFittedError
+from semseg_automl.fitted import NotFittedError
 from semseg_automl.third_party import lightning
 
 FAST: dict[str, Any] = {

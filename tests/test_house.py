@@ -35,7 +35,7 @@ LAYERS = [
     "build features callbacks",
     "training inference bundle",
     "evaluation report",
-    "fitting",
+    "fitting fitted",
     "estimator",
     "serve tune export comparison",
     "demo",
@@ -48,7 +48,7 @@ SUBPACKAGES = ("models", "peft", "data")
 THROUGH_THE_DOOR = {"lightning", "torchmetrics", "timm", "segment_anything"}
 # Package -> the modules that may import it at run time; others may name its types under TYPE_CHECKING.
 OWNERS = {
-    "pandas": {"data.table", "estimator", "report", "evaluation", "comparison"},
+    "pandas": {"data.table", "estimator", "fitted", "report", "evaluation", "comparison"},
     "lightning": {"training", "callbacks", "data.dataset"},
     "timm": {"models.timm_encoder"},
     "segment_anything": {"models.sam"},
