@@ -58,6 +58,10 @@ INSTALL_REQUIRES = [
     # 11.0 counts the reduced copy inside a TIFF as a second page; with 11.3 all tests pass but the one of Pillow's own
     # size limit for WebP and TIFF, which came with 13. No upper bound: a major comes every year, for a dropped Python.
     "pillow>=11.3",
+    # Fills in the page of the report; torch asks for it, too. Tried.
+    "jinja2>=3.1,<4",
+    # Writes TensorBoard's files in a hundredth of the space that TensorBoard itself takes; 2.6.2 goes with NumPy 2.
+    "tensorboardX>=2.6.2,<3",
     # 6.0 does not build from source with today's Cython.
     "pyyaml>=6.0.1,<7",
     # Tried.
@@ -106,7 +110,7 @@ setup(
     # presets/ lies at the top of the repository, where people look for it, and travels inside the package.
     packages=[*find_packages(include=["semseg_automl", "semseg_automl.*"]), "semseg_automl.presets"],
     package_dir={"semseg_automl.presets": "presets"},
-    package_data={"semseg_automl": ["py.typed"], "semseg_automl.presets": ["*.yaml"]},
+    package_data={"semseg_automl": ["py.typed", "report_page.html"], "semseg_automl.presets": ["*.yaml"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     entry_points={"console_scripts": ["semseg-automl = semseg_automl.cli:main"]},

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from semseg_automl import SemanticSegmentor
 from semseg_automl.callbacks import TrainingResult
-from semseg_automl.data.table import check_rows, read_table
+from semseg_automl.data.checks import check_rows
+from semseg_automl.data.table import read_table
 from semseg_automl.evaluation import score_table
 from semseg_automl.inference import Predictor
 from semseg_automl.metrics import DEFAULT_METRICS

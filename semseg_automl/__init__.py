@@ -11,30 +11,44 @@ from typing import TYPE_CHECKING, Any
 from semseg_automl.version import __version__
 
 if TYPE_CHECKING:
+    from semseg_automl.checking import DataReport, check_data
     from semseg_automl.comparison import compare
     from semseg_automl.config import list_presets
+    from semseg_automl.data.annotations import read_annotations
+    from semseg_automl.data.splits import kfold
     from semseg_automl.data.synthetic import draw_dataset
     from semseg_automl.estimator import SemanticSegmentor
+    from semseg_automl.grid import comparison_grid
     from semseg_automl.inference import FailedPrediction
     from semseg_automl.task import SegmentationTask
 
 __all__ = [
+    "DataReport",
     "FailedPrediction",
     "SegmentationTask",
     "SemanticSegmentor",
     "__version__",
+    "check_data",
     "compare",
+    "comparison_grid",
     "draw_dataset",
+    "kfold",
     "list_presets",
+    "read_annotations",
 ]
 
 _HOMES = {
+    "DataReport": "semseg_automl.checking",
     "FailedPrediction": "semseg_automl.inference",
     "SegmentationTask": "semseg_automl.task",
     "SemanticSegmentor": "semseg_automl.estimator",
+    "check_data": "semseg_automl.checking",
     "compare": "semseg_automl.comparison",
+    "comparison_grid": "semseg_automl.grid",
     "draw_dataset": "semseg_automl.data.synthetic",
+    "kfold": "semseg_automl.data.splits",
     "list_presets": "semseg_automl.config",
+    "read_annotations": "semseg_automl.data.annotations",
 }
 
 

@@ -7,7 +7,6 @@ the last is written last, so a folder with it is whole.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -21,8 +20,8 @@ from torch import Tensor
 
 from semseg_automl.build import build_model
 from semseg_automl.errors import BundleError, ConfigError, SemsegError, check_known
+from semseg_automl.files import replaced
 from semseg_automl.models.segmentation_model import SegmentationModel
-from semseg_automl.peft import trainable_parameters
 from semseg_automl.peft.interchange import to_autogluon, write_hf_adapter
 from semseg_automl.plan import Plan
 from semseg_automl.task import SegmentationTask
@@ -66,7 +65,7 @@ def save_bundle(path: str | Path, bundle: Bundle, *, frozen_too: bool = True) ->
     """
     folder = Path(path)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in bundle.model.state_dict().items()}
-    trained = trainable_parameters(bundle.model).keys()
+    trained = _changing(bundle.model)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if frozen_too:
@@ -145,6 +144,12 @@ def load_bundle(path: str | Path) -> Bundle:
     return Bundle(model.eval(), plan, task, record)
 
 
+def _changing(model: SegmentationModel) -> set[str]:
+    """Return the names of what training changes: all but frozen parameters, so the statistics of batch norms too."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return model.state_dict().keys() - frozen
+
+
 def _check_shapes(folder: Path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
     wrong = [n for n in expected if n not in found or found[n].shape != expected[n].shape]
     wrong += [n for n in found if n not in expected]
@@ -156,12 +161,12 @@ def _check_shapes(folder: Path, expected: dict[str, Tensor], found: dict[str, Te
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    with _replaced(path) as temporary:
+    with replaced(path) as temporary:
         save_file(tensors, temporary)
 
 
 def _write_yaml(path: Path, content: dict[str, Any]) -> None:
-    with _replaced(path) as temporary:
+    with replaced(path) as temporary:
         temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
 
 
@@ -175,20 +180,3 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise BundleError(f"'{path}' is damaged: it holds no mapping. Save or fit again.")
     return content
-
-
-class _replaced:  # noqa: N801
-    """Context of a temporary path beside `path` that takes its place on success and vanishes on failure."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.temporary = path.with_name(f".{path.name}.{os.getpid()}")
-
-    def __enter__(self) -> Path:
-        return self.temporary
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            os.replace(self.temporary, self.path)
-        else:
-            self.temporary.unlink(missing_ok=True)

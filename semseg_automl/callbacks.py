@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from semseg_automl.plan import Plan
 from semseg_automl.third_party import lightning
 
 Weights = dict[str, Tensor]
-"""Trainable parameters by name, on the CPU."""
+"""Trainable parameters, and what else training changes (statistics of batch norms), by name, on the CPU."""
 
 
 @dataclass
@@ -75,10 +75,19 @@ class Clock(lightning.Callback):
         self.reserve = 0.1 * (deadline - self.start) if deadline is not None else 0.0
         self.validation_start = self.start
         self.out_of_time = False
+        self.before = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how long training took so far, for a fit that is gone on with."""
+        return {"seconds": time.monotonic() - self.start, "reserve": self.reserve}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Count from where the fit was."""
+        self.before, self.reserve = state_dict["seconds"], state_dict["reserve"]
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Start the clock."""
-        self.start = time.monotonic()
+        self.start = time.monotonic() - self.before
 
     def progress(self, trainer: lightning.Trainer) -> float:
         """Return the share of training that is over, 0 to 1."""
@@ -178,6 +187,8 @@ class WeightKeeper(lightning.Callback):
         on_epoch: Callable[[dict[str, float]], None],
     ) -> None:
         self.parameters = trainable_parameters(model)
+        stored = model.state_dict().keys()
+        self.statistics = {name: buffer for name, buffer in model.named_buffers() if name in stored}
         self.plan = plan
         self.result = result
         self.usage = usage
@@ -189,9 +200,27 @@ class WeightKeeper(lightning.Callback):
         self.steps = 0
         self.started = time.monotonic()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return averages, best weights and history, for a fit that is gone on with."""
+        return {
+            "average": self.average,
+            "best": self.best,
+            "steps": self.steps,
+            "seconds": time.monotonic() - self.started,
+            "result": asdict(self.result),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        self.average, self.best, self.steps = state_dict["average"], state_dict["best"], state_dict["steps"]
+        self.started = time.monotonic() - state_dict["seconds"]
+        for name, value in state_dict["result"].items():
+            setattr(self.result, name, value)
+
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Average on the device that trains."""
-        self.average = [p.detach().clone() for p in self.parameters.values()]
+        start = self.average if self.steps else self.parameters.values()
+        self.average = [p.detach().clone().to(pl_module.device) for p in start]
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -247,7 +276,7 @@ class WeightKeeper(lightning.Callback):
 
     def current(self) -> Weights:
         """Copy the weights that are in place now."""
-        return {name: p.detach().cpu().clone() for name, p in self.parameters.items()}
+        return {name: t.detach().cpu().clone() for name, t in (self.parameters | self.statistics).items()}
 
     def _swap(self) -> None:
         for parameter, average in zip(self.parameters.values(), self.average, strict=True):
@@ -263,5 +292,5 @@ class WeightKeeper(lightning.Callback):
                 self._swap()
             self.on_best(self.current())
             return
-        for name, parameter in self.parameters.items():
-            parameter.data.copy_(self.best[name])
+        for name, tensor in (self.parameters | self.statistics).items():
+            tensor.data.copy_(self.best[name])

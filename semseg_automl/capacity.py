@@ -1,7 +1,7 @@
 """What fits the machine: micro-batch, recomputed activations, cached features, number format, loader processes.
 
-Estimates, by rule; nothing is probed. None of these decisions changes which function is learned from how many images
-per step; `Plan` fixes that.
+Estimates, by rule; nothing is probed here. None of these decisions changes which function is learned from how many
+images per step; `Plan` fixes that.
 """
 
 from __future__ import annotations
@@ -27,6 +27,11 @@ MEMORY_SHARE = 0.5
 """Of the machine's memory for activations; the rest is for weights, optimizer, data and the allocator."""
 CACHE_SHARE = 0.25
 """Of the machine's memory for cached features, at most."""
+STEP_SECONDS = 0.02
+"""Of an optimizer step on an accelerator, at least, so that loading a batch faster gains nothing."""
+MAX_PROCESSES = 8
+IMAGES_SHARE = 0.25
+"""Of the memory that is free for decoded images, at most."""
 DISK_BYTES = 20 * 10**9
 """Of cached features on disk, at most."""
 
@@ -41,6 +46,7 @@ class Capacity:
     cached_views: int
     precision: str
     num_workers: int
+    image_cache: int
 
 
 def step_bytes(encoder: EncoderFacts, size: tuple[int, int], *, checkpointing: bool) -> int:
@@ -61,6 +67,8 @@ def fit_to_machine(
     rows: int,
     frozen_prefix: bool,
     grids_read: int,
+    image_bytes: int,
+    loading_seconds: float | None,
     reasons: dict[str, str],
 ) -> Capacity:
     """Decide what the machine decides, and note why in `reasons`.
@@ -74,6 +82,8 @@ def fit_to_machine(
         rows: training images.
         frozen_prefix: whether the first trained block, if any, has frozen ones before it.
         grids_read: token grids that what follows the frozen blocks reads.
+        image_bytes: of all decoded images and masks, of training and validation.
+        loading_seconds: that one thread takes to read and augment an image, or None if unknown.
         reasons: added to.
 
     Raises:
@@ -87,13 +97,9 @@ def fit_to_machine(
     if precision == "auto":
         precision = "bf16-mixed" if hardware.bf16 else "32-true"
         reasons["precision"] = f"bfloat16 is {'fast' if hardware.bf16 else 'not fast'} on {hardware.name}"
-    if config.env.num_workers == "auto":
-        workers = 0 if hardware.device == "cpu" else min(8, hardware.cores // 2)
-        reasons["num_workers"] = "half the cores" if workers else "the processor trains"
-    else:
-        workers = config.env.num_workers
-        reasons["num_workers"] = "as asked"
-    return Capacity(micro, checkpointing, cache, views, precision, workers)
+    workers = _loader_processes(config, hardware, batch_size, loading_seconds, reasons)
+    images = _image_cache(config, hardware, image_bytes, reasons)
+    return Capacity(micro, checkpointing, cache, views, precision, workers, images)
 
 
 def _micro_batch(
@@ -163,3 +169,35 @@ def _feature_cache(
             return place, views
     reasons["feature_cache"] = f"{where}, more than fits memory or disk"
     return "off", views  # the same views as where they fit: the result does not depend on the machine
+
+
+def _loader_processes(
+    config: Config, hardware: Hardware, batch_size: int, seconds: float | None, reasons: dict[str, str]
+) -> int:
+    """Choose how many processes load images: none where the processor trains, else as many as keep up."""
+    if config.env.num_workers != "auto":
+        reasons["num_workers"] = "as asked"
+        return config.env.num_workers
+    if hardware.device == "cpu":
+        reasons["num_workers"] = "the processor trains; between its steps all cores load"
+        return 0
+    most = min(MAX_PROCESSES, hardware.cores // 2)
+    if seconds is None:
+        reasons["num_workers"] = "half the cores"
+        return most
+    reasons["num_workers"] = f"one thread takes {1000 * seconds:.1f} ms to read and augment an image"
+    return min(most, math.ceil(batch_size * seconds / STEP_SECONDS))
+
+
+def _image_cache(config: Config, hardware: Hardware, needed: int, reasons: dict[str, str]) -> int:
+    """Choose the bytes for decoded images: what they need, within a share of the memory that is free."""
+    asked = config.env.image_cache
+    if asked != "auto":
+        reasons["image_cache"] = "as asked"
+        return 0 if asked == "off" else asked
+    room = round(hardware.host_free * IMAGES_SHARE)
+    sizes = f"decoded images take {needed / 1e9:.2g} GB, {hardware.host_free / 1e9:.2g} GB are free"
+    reasons["image_cache"] = f"bytes; {sizes}"
+    if needed > room:
+        reasons["image_cache"] = f"bytes, a quarter; {sizes}, so {1 - room / needed:.0%} are decoded every time"
+    return min(needed, room)

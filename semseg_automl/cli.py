@@ -1,4 +1,4 @@
-"""``semseg-automl fit | evaluate | predict | demo | info``: the estimator's steps from a shell.
+"""``semseg-automl fit | evaluate | predict | check | demo | info``: the estimator's steps from a shell.
 
 Nothing heavy is imported before a command runs, so that ``--help`` answers at once.
 """
@@ -6,6 +6,7 @@ Nothing heavy is imported before a command runs, so that ``--help`` answers at o
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +25,7 @@ app = typer.Typer(
 
 Settings = Annotated[list[str] | None, typer.Option("--set", "-s", help="A setting, as optim.lr=0.001; repeatable.")]
 Columns = typer.Option(help="Column of the table.")
+LABELLED = "CSV with columns image and label, JSON of COCO, data.yaml of YOLO, or a folder of annotations"
 
 
 def _settings(pairs: list[str] | None) -> dict[str, Any]:
@@ -43,15 +45,17 @@ def _settings(pairs: list[str] | None) -> dict[str, Any]:
 
 @app.command()
 def fit(
-    train: Annotated[Path, typer.Argument(help="CSV of training rows, columns image and label.")],
-    val: Annotated[Path | None, typer.Option(help="CSV of validation rows; held out of the others if absent.")] = None,
+    train: Annotated[Path, typer.Argument(help=f"Training rows: {LABELLED}.")],
+    val: Annotated[Path | None, typer.Option(help="Validation rows; held out of the others if absent.")] = None,
     out: Annotated[Path, typer.Option(help="Folder to save the segmentor in.")] = Path("runs/segmentor"),
-    preset: Annotated[str, typer.Option(help="Name of a preset.")] = "fast",
+    preset: Annotated[str, typer.Option(help="Name of a preset.")] = "auto",
     checkpoint: Annotated[Path | None, typer.Option(help="Pretrained encoder weights.")] = None,
     time_limit: Annotated[float | None, typer.Option(help="Seconds for everything.")] = None,
     seed: Annotated[int, typer.Option(help="Of weights, order and augmentation.")] = 0,
     image: Annotated[str, Columns] = "image",
     label: Annotated[str, Columns] = "label",
+    color_map: Annotated[Path | None, typer.Option(help="File that names the colours of the masks.")] = None,
+    ignore_label: Annotated[str | None, typer.Option(help="Value, or #rrggbb, of pixels without a label.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Print task and plan, train nothing.")] = False,
     settings: Settings = None,
 ) -> None:
@@ -61,14 +65,17 @@ def fit(
     hyperparameters = _settings(settings)
     if checkpoint is not None:
         hyperparameters["model.checkpoint"] = str(checkpoint)
-    segmentor = SemanticSegmentor(path=out, presets=preset, hyperparameters=hyperparameters, image=image, label=label)
+    number = ignore_label is not None and re.fullmatch(r"-?\d{1,10}", ignore_label)
+    ignored = int(number[0]) if number else ignore_label
+    masks: dict[str, Any] = {"image": image, "label": label, "color_map": color_map, "ignore_label": ignored}
+    segmentor = SemanticSegmentor(path=out, presets=preset, hyperparameters=hyperparameters, **masks)
     segmentor.fit(train, val, time_limit=time_limit, seed=seed, dry_run=dry_run)
 
 
 @app.command()
 def evaluate(
     bundle: Annotated[Path, typer.Argument(help="Folder that fit wrote.")],
-    data: Annotated[Path, typer.Argument(help="CSV of labelled rows.")],
+    data: Annotated[Path, typer.Argument(help=f"Labelled rows: {LABELLED}.")],
     metric: Annotated[list[str] | None, typer.Option(help="Metric name; repeatable.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -86,20 +93,43 @@ def evaluate(
 @app.command()
 def predict(
     bundle: Annotated[Path, typer.Argument(help="Folder that fit wrote.")],
-    data: Annotated[Path, typer.Argument(help="CSV with an image column, a folder, or one image.")],
+    data: Annotated[Path, typer.Argument(help="CSV with an image column, a folder, annotations, or one image.")],
     out: Annotated[Path, typer.Option(help="Folder for the masks and predictions.csv.")] = Path("masks"),
+    format: Annotated[str, typer.Option(help="same-as-labels, index, overlay or probability.")] = "same-as-labels",
+    resume: Annotated[bool, typer.Option(help="Keep the files of an earlier run that was stopped.")] = False,
     on_error: Annotated[str, typer.Option(help="raise, or report and go on.")] = "report",
 ) -> None:
-    """Write one mask per image, in the values of the training masks."""
+    """Write one file per image: its mask in the values of the training masks, or as --format says."""
     from semseg_automl.estimator import SemanticSegmentor
 
-    saved = SemanticSegmentor.load(bundle).predict(data, save_to=out, on_error=on_error)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"format": format, "resume": resume, "on_error": on_error}
+    saved = SemanticSegmentor.load(bundle).predict(data, save_to=out, **options)
     saved.to_csv(out / "predictions.csv", index=True, index_label="row")
     failed = saved[saved["error"].notna()]
     print(f"{len(saved) - len(failed)} masks in {out}, {len(failed)} rows failed; table: {out / 'predictions.csv'}")
     for reason in failed["error"]:
         print(f"  {reason}")
     if len(failed):
+        raise typer.Exit(1)
+
+
+@app.command()
+def check(
+    train: Annotated[Path, typer.Argument(help="CSV of training rows, columns image and label.")],
+    val: Annotated[Path | None, typer.Option(help="CSV of validation rows.")] = None,
+    test: Annotated[Path | None, typer.Option(help="CSV of test rows.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Page to write, with pictures.")] = None,
+    image: Annotated[str, Columns] = "image",
+    label: Annotated[str, Columns] = "label",
+) -> None:
+    """Check files, classes, duplicates and leaks before fitting; exit code 1 when something is wrong."""
+    from semseg_automl.checking import check_data
+
+    report = check_data(train, val, test, image=image, label=label, path=html)
+    print(report)
+    if html is not None:
+        print(f"page: {html}")
+    if not report.ok:
         raise typer.Exit(1)
 
 

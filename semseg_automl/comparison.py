@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from semseg_automl.data.table import check_rows
+from semseg_automl.data.checks import check_rows
 from semseg_automl.errors import UnsupportedCombination
 from semseg_automl.estimator import SemanticSegmentor
 from semseg_automl.evaluation import check_values, tally_table

@@ -6,6 +6,7 @@ names the nearest known one. Nothing here looks at data or hardware.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -42,6 +44,11 @@ ALIASES: dict[str, str] = {
 SAM_NAME_KEY = "model.sam.checkpoint_name"
 SAM_NAMES = {f"facebook/sam-vit-{size}": f"sam_vit_{size[0]}" for size in ("base", "large", "huge")}
 """Values of AutoGluon's `SAM_NAME_KEY`, and the ``model.encoder`` each stands for."""
+
+
+_AMOUNT = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]i?B)", re.IGNORECASE)
+_UNITS = {f"{prefix}B": 1000**n for n, prefix in enumerate("KMGT", 1)}
+_UNITS |= {f"{prefix}IB": 1024**n for n, prefix in enumerate("KMGT", 1)}
 
 
 class _Section(BaseModel):
@@ -159,6 +166,20 @@ class DataConfig(_Section):
     cached_views: PositiveInt = Field(
         4, description="Augmented views per image that repeat, where features are cached; fresh ones every time if not."
     )
+    tiling: Auto | Literal["off", "on"] = Field(
+        "auto", description="Train on crops and predict in tiles; auto: where images are large (plan.py says when)."
+    )
+    tile_scale: Auto | float = Field("auto", description="Pixels of the input per pixel of an image, with tiling.")
+    balanced_crops: Auto | bool = Field(
+        "auto", description="Lay half of the crops around a class of the image, each class as often, with tiling."
+    )
+
+    @field_validator("tile_scale")
+    @classmethod
+    def _usable_scale(cls, value: str | float) -> str | float:
+        if isinstance(value, float) and not 0.01 <= value <= 16:
+            raise ValueError("must be from 0.01 to 16")
+        return value
 
 
 class EnvConfig(_Section):
@@ -171,7 +192,23 @@ class EnvConfig(_Section):
     feature_cache: Auto | Literal["off", "memory", "disk"] = Field(
         "auto", description="Keep what the frozen blocks before the first trained one compute, per image and view."
     )
+    image_cache: Auto | Literal["off"] | NonNegativeInt = Field(
+        "auto", description="Memory for decoded images: bytes, or such as 2GB; auto: a quarter of what is free."
+    )
+    state_seconds: Auto | NonNegativeFloat = Field(
+        "auto", description="Between two states that fit(resume=True) can go on with; auto: 2 % of the time at most."
+    )
     precision: Auto | Literal["32-true", "bf16-mixed", "16-mixed"] = Field("auto", description="Lightning's name.")
+
+    @field_validator("image_cache", mode="before")
+    @classmethod
+    def _in_bytes(cls, value: Any) -> Any:
+        if isinstance(value, bool):  # YAML makes False of a bare off
+            if value:
+                raise ValueError("must be auto, off or an amount of memory such as 2GB")
+            return "off"
+        amount = _AMOUNT.fullmatch(value.strip()) if isinstance(value, str) else None
+        return round(float(amount[1]) * _UNITS[amount[2].upper()]) if amount else value
 
 
 class Config(_Section):
@@ -225,7 +262,7 @@ def load_config(preset: str = "fast", *overrides: Hyperparameters | None) -> Con
         raise ConfigError(
             f"unknown preset '{preset}'{nearest(preset, presets)}. Known presets: {', '.join(sorted(presets))}."
         )
-    settings = flatten(yaml.safe_load(presets[preset].read_text(encoding="utf-8")) or {})
+    settings = _read_preset(presets[preset])
     for override in overrides:
         settings.update(flatten(override or {}))
     try:
@@ -233,6 +270,14 @@ def load_config(preset: str = "fast", *overrides: Hyperparameters | None) -> Con
     except ValidationError as error:
         problems = [f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}, got {e['input']!r}" for e in error.errors()]
         raise ConfigError("settings out of range: " + "; ".join(problems)) from error
+
+
+def _read_preset(path: Path) -> dict[str, Any]:
+    """Read a preset over the one that it extends, if it does."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    extended = content.pop("extends", None)
+    below = {} if extended is None else _read_preset(path.with_name(f"{extended}.yaml"))
+    return below | flatten(content)
 
 
 def flatten(settings: Hyperparameters, prefix: str = "") -> dict[str, Any]:

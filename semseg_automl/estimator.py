@@ -1,31 +1,40 @@
 """`SemanticSegmentor`: the order of steps from a table to a fitted model. The steps live below.
 
-What it does once it is fitted: :mod:`semseg_automl.fitted`.
+What it does once it is fitted: :mod:`semseg_automl.fitted`, :mod:`semseg_automl.judging`.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from os import PathLike
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 
 from semseg_automl.bundle import load_bundle
-from semseg_automl.config import Config, load_config
+from semseg_automl.choosing import AUTO, choose_preset
+from semseg_automl.config import Config, flatten, load_config
+from semseg_automl.data.annotated import check_names
+from semseg_automl.data.checks import RowCheck, check_rows, usable_rows
 from semseg_automl.data.colours import Colour, read_color_map
-from semseg_automl.data.table import MaskTable, RowCheck, check_rows, split_holdout
-from semseg_automl.errors import BundleError, ConfigError
-from semseg_automl.fitted import FittedSegmentor, Table
+from semseg_automl.data.dataset import loading_seconds
+from semseg_automl.data.splits import check_groups_apart, split_holdout
+from semseg_automl.data.table import MaskTable
+from semseg_automl.errors import BundleError, ConfigError, check_known
+from semseg_automl.fingerprint import Fingerprint, fingerprint
+from semseg_automl.fitted import Table
 from semseg_automl.fitting import fit_bundle
 from semseg_automl.hardware import detect_hardware
+from semseg_automl.judging import JudgedSegmentor
 from semseg_automl.metrics import build_metrics
 from semseg_automl.models.facts import encoder_facts
 from semseg_automl.plan import DataStats, Plan, make_plan
-from semseg_automl.task import infer_task
+from semseg_automl.report_page import seconds_of_fit, write_fit_report
+from semseg_automl.task import SegmentationTask, infer_task
 from semseg_automl.training import check_trainer_options
 
 KEPT_SETTINGS = ("label", "image", "eval_metric", "validation_metric")
@@ -35,7 +44,7 @@ MAX_HOLDOUT = 0.2
 """Share of the rows held out at most when none are given: a tenth, but ten rows at least, of small tables."""
 
 
-class SemanticSegmentor(FittedSegmentor):
+class SemanticSegmentor(JudgedSegmentor):
     """Fits the best semantic segmenter to a table of images and masks.
 
     Arguments are AutoGluon MultiModal's, habits scikit-learn's: the constructor only stores.
@@ -47,7 +56,7 @@ class SemanticSegmentor(FittedSegmentor):
         eval_metric: metric or metrics that `evaluate` computes; None for the task's standard set.
         validation_metric: metric that chooses the best epoch; None for ``iou`` (binary) or ``miou``.
         path: folder the segmentor is saved in; None for a new one under ``runs/``.
-        presets: name of a file in ``presets/``.
+        presets: name of a file in ``presets/``; ``auto`` chooses by the machine and the weights at hand, and says why.
         hyperparameters: settings by dotted or nested key, over the preset.
         num_classes: number of classes, to check the masks against; None infers it.
         class_names: names by value on disk, or in ascending order of values.
@@ -67,7 +76,7 @@ class SemanticSegmentor(FittedSegmentor):
         eval_metric: str | Sequence[str] | None = None,
         validation_metric: str | None = None,
         path: str | PathLike[str] | None = None,
-        presets: str = "fast",
+        presets: str = AUTO,
         hyperparameters: Mapping[str, Any] | None = None,
         num_classes: int | None = None,
         class_names: Sequence[str] | Mapping[int, str] | None = None,
@@ -100,22 +109,32 @@ class SemanticSegmentor(FittedSegmentor):
         presets: str | None = None,
         hyperparameters: Mapping[str, Any] | None = None,
         holdout_frac: float | None = None,
+        groups: str | None = None,
         seed: int = 0,
+        resume: bool = False,
+        on_bad_rows: Literal["raise", "drop"] = "raise",
         dry_run: bool = False,
         **trainer_options: Any,
     ) -> Self:
         """Fit to a table of images and masks and save the result in `path_`.
 
         Args:
-            train_data: table, or CSV file, with an image and a label column.
-            tuning_data: validation rows; None holds some of `train_data` out.
+            train_data: table, or CSV file, with an image and a label column; or annotations, as for
+                `read_annotations`, of which the part ``train`` is read.
+            tuning_data: validation rows, of annotations the part ``val``; None holds some of `train_data` out.
             time_limit: seconds for everything; the learning rate falls so that it ends there.
             presets: instead of the constructor's.
             hyperparameters: over the constructor's.
             holdout_frac: share of the rows to hold out without `tuning_data`.
+            groups: column that names the group of each row, such as the patient; none is both trained and validated on.
             seed: of weights, order and augmentation.
+            resume: go on with the fit of the same plan and data that was cut off in the constructor's `path`, if there
+                is one; without a time limit, and on one processor type, to the very weights it would have had.
+            on_bad_rows: "drop" leaves out rows whose files cannot be used, and names each of them.
             dry_run: decide everything, set `task_` and `plan_`, and train nothing.
-            **trainer_options: passed to Lightning's Trainer by name: callbacks, logger, accelerator, devices, ...
+            **trainer_options: passed to Lightning's Trainer by name: callbacks, accelerator, devices, ... `logger` is
+                ``tensorboard`` (the default, into the folder's ``logs``), ``mlflow``, ``wandb``, ``csv``, a logger of
+                Lightning's, a list of these, or False for none.
 
         Raises:
             DataError: rows cannot be used; all of them are named, before anything is trained.
@@ -126,32 +145,61 @@ class SemanticSegmentor(FittedSegmentor):
         """
         start = time.monotonic()
         settings = check_trainer_options(trainer_options)
-        config = self._config(presets, hyperparameters, holdout_frac, settings)
-        table = self._read(train_data)
-        checks = check_rows(table)
+        if resume and self.path is None:
+            raise ConfigError("resume=True needs the folder of the fit to go on with: SemanticSegmentor(path=...).")
+        chosen, config = self._config(presets, hyperparameters, holdout_frac, settings)
+        self.dropped_rows_: list[str] = []
+        table, checks = self._checked(self._read(train_data, groups, split=("train",), known={}), on_bad_rows)
+        if tuning_data is not None:
+            held = self._read(tuning_data, groups, split=("val",), known=table.class_names)
+            fit_table, (validation, more) = table, self._checked(held, on_bad_rows)
+            check_groups_apart(fit_table, validation)
+            checks = [*checks, *more]
+        self.task_ = self._infer(table, checks)
         if tuning_data is None:
             asked = config.data.holdout_frac
             frac = min(MAX_HOLDOUT, max(0.1, 10 / len(table))) if asked == "auto" else asked
-            fit_table, validation = split_holdout(table, checks, frac=frac, seed=seed)
-        else:
-            fit_table = table
-            validation = self._read(tuning_data)
-            checks = [*checks, *check_rows(validation)]
-        self.task_ = infer_task(
-            [check.value_counts for check in checks],
-            encodings=[check.encoding for check in checks],
-            num_classes=self.num_classes,
-            class_names=self.class_names,
-            color_map=None if self.color_map is None else read_color_map(self.color_map),
-            ignore_label=self.ignore_label,
-        )
-        self.plan_ = self._plan(config, checks, rows=len(fit_table), seed=seed, time_limit=time_limit)
+            fit_table, validation = split_holdout(table, checks, frac=frac, seed=seed, task=self.task_)
+        plan = self._plan(config, checks, fit_table, seed=seed, time_limit=time_limit)
+        self.plan_ = plan.model_copy(update={"preset": chosen[0], "reasons": {"preset": chosen[1], **plan.reasons}})
         self.classes_ = np.asarray(self.task_.labels)
         self._say(f"{self.task_}\n{self.plan_}" if dry_run else str(self.task_))
         if not dry_run:
             deadline = None if time_limit is None else start + time_limit
-            self._train(fit_table, validation, deadline, settings)
+            data = fingerprint(self.task_, checks, validation_rows=len(validation))
+            self._train(fit_table, validation, data, deadline, settings, resume, config.env.state_seconds)
         return self
+
+    def _infer(self, table: MaskTable, checks: Sequence[RowCheck]) -> SegmentationTask:
+        """Infer the task; the class names of annotations count where the constructor has none."""
+        names, notes = self.class_names, table.notes
+        if names is None and self.color_map is None and table.class_names:
+            names = {value: name for value, name in table.class_names.items() if value != self.ignore_label}
+            notes = (*notes, "the class names are those of the annotations")
+        task = infer_task(
+            [check.value_counts for check in checks],
+            encodings=[check.encoding for check in checks],
+            num_classes=self.num_classes,
+            class_names=names,
+            color_map=None if self.color_map is None else read_color_map(self.color_map),
+            ignore_label=self.ignore_label,
+        )
+        if self.class_names is not None:
+            given = dict(zip(task.values, task.class_names, strict=True))
+            same = {value: name for value, name in table.class_names.items() if name in task.class_names}
+            check_names(given, same, "the training table")
+        return replace(task, reasons=(*task.reasons, *notes))
+
+    def _checked(self, table: MaskTable, on_bad_rows: str) -> tuple[MaskTable, list[RowCheck]]:
+        """Check every row; those that cannot be used are an error, or left out, named and remembered."""
+        check_known("on_bad_rows", on_bad_rows, ["raise", "drop"])
+        if on_bad_rows == "raise":
+            return table, check_rows(table)
+        usable, checks, dropped = usable_rows(table)
+        if dropped:
+            self._say("\n- ".join([f"{len(dropped)} of {len(table)} rows cannot be used and are left out:", *dropped]))
+        self.dropped_rows_ += dropped
+        return usable, checks
 
     def _config(
         self,
@@ -159,8 +207,8 @@ class SemanticSegmentor(FittedSegmentor):
         hyperparameters: Mapping[str, Any] | None,
         holdout_frac: float | None,
         settings: dict[str, Any],
-    ) -> Config:
-        """Lay the arguments over the preset; `settings` loses the trainer options that a plan decides."""
+    ) -> tuple[tuple[str, str], Config]:
+        """Lay the arguments over the preset, and say which and why; `settings` loses what a plan decides."""
         if self.problem_type != "semantic_segmentation":
             raise ConfigError(f"problem_type is '{self.problem_type}'; allowed: semantic_segmentation.")
         extra: dict[str, Any] = {} if holdout_frac is None else {"data.holdout_frac": holdout_frac}
@@ -172,13 +220,23 @@ class SemanticSegmentor(FittedSegmentor):
         for option, key in planned.items():
             if option in settings:
                 extra[key] = settings.pop(option)
-        return load_config(presets or self.presets, self.hyperparameters, hyperparameters, extra)
+        preset = presets or self.presets
+        asked = [self.hyperparameters, hyperparameters, extra]
+        if preset != AUTO:
+            return (preset, "as asked"), load_config(preset, *asked)
+        named = {key: value for each in asked for key, value in flatten(each or {}).items()}
+        choice = choose_preset(detect_hardware(), named)
+        return (choice.preset, f"auto: {choice.reason}"), load_config(choice.preset, choice.settings, *asked)
 
     def _plan(
-        self, config: Config, checks: Sequence[RowCheck], *, rows: int, seed: int, time_limit: float | None
+        self, config: Config, checks: Sequence[RowCheck], table: MaskTable, *, seed: int, time_limit: float | None
     ) -> Plan:
         """Collect what the plan depends on, and make it."""
-        stats = DataStats(rows=rows, sizes=tuple(check.size for check in checks))
+        hardware = detect_hardware()
+        # A processor that trains loads between its steps, whatever that takes.
+        timed = hardware.device != "cpu" and config.env.num_workers == "auto"
+        seconds = loading_seconds(table, self.task_) if timed else None
+        stats = DataStats(len(table), tuple(check.size for check in checks), seconds)
         asked = config.model
         encoder = encoder_facts(
             asked.encoder,
@@ -192,7 +250,7 @@ class SemanticSegmentor(FittedSegmentor):
             config,
             self.task_,
             stats,
-            detect_hardware(),
+            hardware,
             encoder,
             validation_metric=self.validation_metric or only_metric,
             seed=seed,
@@ -202,8 +260,18 @@ class SemanticSegmentor(FittedSegmentor):
         build_metrics(names, kind=self.task_.kind, num_classes=self.task_.num_classes)  # errors now, not after training
         return plan
 
-    def _train(self, table: MaskTable, validation: MaskTable, deadline: float | None, settings: dict[str, Any]) -> None:
-        """Fit the plan, keep the best weights in memory and on disk."""
+    def _train(
+        self,
+        table: MaskTable,
+        validation: MaskTable,
+        data: Fingerprint,
+        deadline: float | None,
+        settings: dict[str, Any],
+        resume: bool,
+        state_seconds: Literal["auto"] | float,
+    ) -> None:
+        """Fit the plan, keep the best weights in memory and on disk, and report."""
+        kept = seconds_of_fit(self.plan_.time_limit)
         stamped = Path("runs") / f"segmentor-{datetime.now():%Y%m%d-%H%M%S}"
         self.path_ = Path(self.path) if self.path is not None else stamped
         bundle = fit_bundle(
@@ -213,12 +281,18 @@ class SemanticSegmentor(FittedSegmentor):
             validation,
             self.path_,
             settings={key: getattr(self, key) for key in KEPT_SETTINGS},
+            dropped_rows=self.dropped_rows_,
+            data=data,
             say=self._say,
-            deadline=deadline,
+            resume=resume,
+            state_seconds=None if state_seconds == "auto" else state_seconds,
+            deadline=None if deadline is None else deadline - kept,
             trainer_options=settings,
             progress_bar=self.verbosity >= 2,
         )
         self._adopt(bundle)
+        left = kept if deadline is None else min(kept, max(0.0, deadline - time.monotonic()))
+        write_fit_report(self.path_, bundle, self._predictor, validation, self._metric_names(None), left)
         if bundle.record["stopped_by"] == "interrupt":
             raise KeyboardInterrupt("fit was interrupted; the best state so far is fitted and saved")
 

@@ -1,23 +1,24 @@
-"""Judging predictions on labelled images and writing them to files, one image at a time, whatever their number."""
+"""Judging predictions on labelled images, one image at a time, whatever their number."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from os import PathLike, fspath
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, get_args
 
 import pandas as pd
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from semseg_automl.data.images import read_mask, write_png
-from semseg_automl.data.table import MaskTable, RowCheck, check_rows
-from semseg_automl.errors import ConfigError, DataError
-from semseg_automl.inference import FailedPrediction, Predictor
+from semseg_automl.calibration import Judged
+from semseg_automl.data.checks import RowCheck, check_rows
+from semseg_automl.data.images import read_mask
+from semseg_automl.data.table import MaskTable
+from semseg_automl.data.transforms import resize_mask
+from semseg_automl.errors import ConfigError, DataError, check_known
+from semseg_automl.inference import FailedPrediction, MetricSize, Predictor
 from semseg_automl.metrics import MetricChoice, build_metrics
 from semseg_automl.models.segmentation_model import hard_labels
+from semseg_automl.strata import stratified
 from semseg_automl.task import SegmentationTask
 from semseg_automl.uncertainty import ImageTallies, Interval
 
@@ -47,9 +48,15 @@ def check_values(task: SegmentationTask, table: MaskTable, checks: Sequence[RowC
 
 
 def score_table(
-    predictor: Predictor, table: MaskTable, task: SegmentationTask, *, metrics: Sequence[MetricChoice], threshold: float
+    predictor: Predictor,
+    table: MaskTable,
+    task: SegmentationTask,
+    *,
+    metrics: Sequence[MetricChoice],
+    threshold: float,
+    metric_size: MetricSize = "original",
 ) -> dict[str, float]:
-    """Score predictions at each image's own resolution; memory does not grow with the number of images.
+    """Score predictions; memory does not grow with the number of images.
 
     Args:
         predictor: gives class scores.
@@ -57,6 +64,7 @@ def score_table(
         task: encodes the masks.
         metrics: names of metrics, or metrics.
         threshold: foreground probability above which a pixel is foreground.
+        metric_size: at which resolution, as for `judged`.
 
     Returns:
         Values by name; a metric with one value per class gives ``name[class]`` for each.
@@ -65,7 +73,7 @@ def score_table(
         DataError: there are no masks, an image or mask cannot be used, or the network's scores are not finite.
     """
     built = build_metrics(metrics, kind=task.kind, num_classes=task.num_classes)
-    for scores, labels, target in _judged(predictor, table, task, threshold):
+    for scores, labels, target in judged(predictor, table, task, threshold, metric_size):
         for metric in built.values():
             metric.update(scores, labels, target)
     results: dict[str, float] = {}
@@ -80,32 +88,69 @@ def score_table(
 
 
 def tally_table(
-    predictor: Predictor, table: MaskTable, task: SegmentationTask, *, metrics: Sequence[MetricChoice], threshold: float
+    predictor: Predictor,
+    table: MaskTable,
+    task: SegmentationTask,
+    *,
+    metrics: Sequence[MetricChoice],
+    threshold: float,
+    metric_size: MetricSize = "original",
 ) -> ImageTallies:
     """Keep what each image adds to each metric, for figures per image and intervals; otherwise as `score_table`."""
     tallies = ImageTallies(build_metrics(metrics, kind=task.kind, num_classes=task.num_classes), task.class_names)
-    for scores, labels, target in _judged(predictor, table, task, threshold):
+    for scores, labels, target in judged(predictor, table, task, threshold, metric_size):
         tallies.add(scores, labels, target)
     return tallies
 
 
-def _judged(
-    predictor: Predictor, table: MaskTable, task: SegmentationTask, threshold: float
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield scores ``(C, H, W)``, hard labels ``(H, W)`` and true class indices ``(H, W)``, row by row."""
-    if table.masks is None:
-        raise DataError("scoring needs masks; give a table with a label column")
-    for row, scores in enumerate(predictor.scores(table)):
+def finite_scores(predictor: Predictor, table: MaskTable, size: MetricSize = "original") -> Iterator[Tensor]:
+    """Yield scores ``(C, H, W)`` that can be judged, row by row; arguments as for `Predictor.scores`.
+
+    Raises:
+        DataError: an image cannot be used, or the network's scores are not finite.
+    """
+    for row, scores in enumerate(predictor.scores(table, size=size)):
         if isinstance(scores, FailedPrediction):
             raise DataError(scores.reason)
-        name = table.row_name(row)
         if not bool(scores.isfinite().all()):
             raise DataError(
-                f"{name}: the network's scores are not finite and cannot be judged. Its weights are damaged or its "
-                "computation overflowed: fit again, with env.precision 32-true if it was lower"
+                f"{table.row_name(row)}: the network's scores are not finite and cannot be judged. Its weights are "
+                "damaged or its computation overflowed: fit again, with env.precision 32-true if it was lower"
             )
+        yield scores
+
+
+def judged(
+    predictor: Predictor,
+    table: MaskTable,
+    task: SegmentationTask,
+    threshold: float,
+    metric_size: MetricSize = "original",
+) -> Iterator[Judged]:
+    """Yield scores ``(C, H, W)``, hard labels ``(H, W)`` and true class indices ``(H, W)``, row by row.
+
+    Args:
+        predictor: gives class scores.
+        table: images and masks.
+        task: encodes the masks.
+        threshold: foreground probability above which a pixel is foreground.
+        metric_size: ``original``, each image's own resolution; ``model``, that of the network's input, to which masks
+            are squashed by the nearest pixel, as in the Conv-LoRA paper.
+
+    Raises:
+        ConfigError: `metric_size` is neither.
+        DataError: there are no masks, an image or mask cannot be used, or the network's scores are not finite.
+    """
+    check_known("metric_size", metric_size, get_args(MetricSize))
+    if table.masks is None:
+        raise DataError("scoring needs masks; give a table with a label column")
+    for row, scores in enumerate(finite_scores(predictor, table, metric_size)):
+        name = table.row_name(row)
         stored = read_mask(table.masks[row], name=name, colours=task.colours)
-        target = torch.from_numpy(task.encode(stored, name=name)).long()
+        encoded = task.encode(stored, name=name)
+        if metric_size == "model":
+            encoded = resize_mask(encoded, (scores.shape[1], scores.shape[2]))
+        target = torch.from_numpy(encoded).long()
         yield scores, hard_labels(scores, threshold), target
 
 
@@ -118,50 +163,38 @@ def evaluate_table(
     threshold: float,
     return_per_image: bool = False,
     intervals: bool = False,
+    metric_size: MetricSize = "original",
+    strata: tuple[str, pd.DataFrame] | None = None,
 ) -> dict[str, float] | pd.DataFrame:
     """Check masks and score predictions, in one of the forms that ``SemanticSegmentor.evaluate`` returns.
 
+    Args:
+        predictor: gives class scores.
+        table: images and masks.
+        task: encodes the masks.
+        metrics: names of metrics, or metrics.
+        threshold: foreground probability above which a pixel is foreground.
+        return_per_image: a row per image.
+        intervals: a row per figure, with the ends of its interval.
+        metric_size: at which resolution, as for `judged`.
+        strata: what to split the images by, and the table with all its columns, for `stratified`.
+
     Raises:
-        ConfigError: `return_per_image` and `intervals` are both asked for.
+        ConfigError: more than one form is asked for.
         DataError: as for `check_values` and `score_table`.
     """
     if return_per_image and intervals:
         raise ConfigError("return_per_image and intervals are both True; they return different tables: ask for one.")
+    if strata is not None and (return_per_image or intervals):
+        raise ConfigError("by gives a table of its own, with intervals: leave out return_per_image and intervals.")
     check_values(task, table, check_rows(table))
+    if strata is not None:
+        images = judged(predictor, table, task, threshold, metric_size)
+        return stratified(images, strata[1], task, by=strata[0], metrics=metrics)
+    settings: dict[str, Any] = {"metrics": metrics, "threshold": threshold, "metric_size": metric_size}
     if not (return_per_image or intervals):
-        return score_table(predictor, table, task, metrics=metrics, threshold=threshold)
-    tallies = tally_table(predictor, table, task, metrics=metrics, threshold=threshold)
+        return score_table(predictor, table, task, **settings)
+    tallies = tally_table(predictor, table, task, **settings)
     if return_per_image:
         return pd.DataFrame(tallies.per_image(), index=table.index)
     return pd.DataFrame.from_dict(tallies.intervals(), orient="index", columns=list(Interval._fields))
-
-
-def save_masks(
-    table: MaskTable, masks: Iterable[NDArray[Any] | FailedPrediction], folder: Path, *, palette: Sequence[int] = ()
-) -> list[Mapping[str, str | None]]:
-    """Write one PNG per row; a name that came before gets the row's position behind it.
-
-    Args:
-        table: what was predicted.
-        masks: one per row, in order.
-        folder: made if need be.
-        palette: the packed colour of each value, where the files are to be palette images.
-
-    Returns:
-        Per row: ``image``, ``mask`` (the file, None where it failed) and ``error`` (None where it did not).
-    """
-    rows: list[Mapping[str, str | None]] = []
-    taken: set[str] = set()
-    for position, mask in enumerate(masks):
-        source = table.images[position]
-        image = fspath(source) if isinstance(source, str | PathLike) else None
-        if isinstance(mask, FailedPrediction):
-            rows.append({"image": image, "mask": None, "error": mask.reason})
-            continue
-        stem = f"image_{position}" if image is None else Path(image).stem
-        while stem.lower() in taken:
-            stem = f"{stem}_{position}"
-        taken.add(stem.lower())
-        write_png(folder / f"{stem}.png", mask, palette=palette)
-        rows.append({"image": image, "mask": str(folder / f"{stem}.png"), "error": None})
-    return rows

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from semseg_automl.build import seeded_model
-from semseg_automl.bundle import Bundle, save_bundle
+from semseg_automl.bundle import Bundle, load_bundle, save_bundle
 from semseg_automl.callbacks import TrainingResult, Weights
 from semseg_automl.data.table import MaskTable
+from semseg_automl.errors import BundleError, TrainingError
+from semseg_automl.fingerprint import Fingerprint
+from semseg_automl.memory import is_out_of_memory, smaller
 from semseg_automl.peft import count_parameters
 from semseg_automl.peft.usage import usage_summary
 from semseg_automl.plan import Plan
 from semseg_automl.report import save_expert_usage
+from semseg_automl.resume import (
+    FOLDER,
+    RUN,
+    StateKeeper,
+    begin_run,
+    check_same_plan,
+    end_run,
+    newest_state,
+    read_state,
+)
 from semseg_automl.task import SegmentationTask
 from semseg_automl.training import data_module, train
 
@@ -30,7 +46,11 @@ def fit_bundle(
     folder: Path,
     *,
     settings: Mapping[str, Any],
+    dropped_rows: Sequence[str] = (),
+    data: Fingerprint | None = None,
     say: Callable[[str], None],
+    resume: bool = False,
+    state_seconds: float | None = None,
     deadline: float | None = None,
     trainer_options: dict[str, Any] | None = None,
     progress_bar: bool = True,
@@ -44,44 +64,45 @@ def fit_bundle(
         validation: validation rows.
         folder: where the bundle is saved.
         settings: of the estimator, kept in the bundle.
+        dropped_rows: rows that were left out, and why; kept in the bundle.
+        data: what the rows look like, kept in the bundle for its reports.
         say: called with what the user should know.
+        resume: go on with the fit that was cut off in the folder, if there is one.
+        state_seconds: between two states that a resumed fit can go on with; None for what costs 2 % at most.
         deadline: `time.monotonic` seconds at which everything must be over, or None.
         trainer_options: passed on to Lightning's trainer by name.
         progress_bar: show Lightning's progress bar.
 
     Raises:
-        ConfigError: a trainer option is unknown.
+        ConfigError: a trainer option is unknown, or the fit to go on with is another one.
+        BundleError: the folder cannot be written at the end.
         CheckpointError: the checkpoint, or the adapter to start from, cannot be read.
         TrainingError: the loss is no longer finite.
     """
-    model = seeded_model(plan)
+    states = folder / FOLDER
+    if resume and not (states / RUN).exists() and (folder / "bundle.yaml").exists():
+        return _finished(folder, plan, say)
+    tables = {"train": table, "validation": validation}
+    state = _earlier_state(states, plan, task, tables, say, resume=resume)
     result = TrainingResult()
-    bundle = Bundle(model, plan, task)
-    saved = False
-
-    def save(_: Weights | None = None) -> None:
-        nonlocal saved
-        bundle.record = _record(result, settings)
-        save_bundle(folder, bundle, frozen_too=not saved)
-        saved = True
-
-    trainable, total = count_parameters(model)
+    bundle = Bundle(seeded_model(plan), plan, task)
+    saver = _Saver(bundle, folder, result, settings, dropped_rows, data, say)
+    trainable, total = count_parameters(bundle.model)
     say(f"{plan.peft} on {plan.encoder}: {trainable:,} of {total:,} parameters train ({trainable / total:.2%})")
-    train(
-        model,
-        plan,
-        task,
-        data_module(plan, task, table, validation),
-        result=result,
-        on_best=save,
-        on_epoch=lambda entry: say(_epoch_line(entry, plan.validation_metric)),
-        on_notice=say,
-        cache_folder=folder / "features",
-        deadline=deadline,
-        trainer_options={"default_root_dir": str(folder), **(trainer_options or {})},
-        progress_bar=progress_bar,
+    options = {
+        "on_best": saver.save_best,
+        "on_epoch": lambda entry: say(_epoch_line(entry, plan.validation_metric)),
+        "cache_folder": folder / "features",
+        "deadline": deadline,
+        "trainer_options": {"default_root_dir": str(folder), "logger": True, **(trainer_options or {})},
+        "progress_bar": progress_bar,
+    }
+    _train_within_memory(
+        bundle, tables, result, states, state, say=say, state_seconds=state_seconds, options=options
     )
-    save()
+    saver.save()
+    if result.stopped_by != "interrupt":  # that one may be gone on with
+        end_run(states)
     say(
         f"stopped by {result.stopped_by}; best {plan.validation_metric} {result.best_score:.4f} in epoch "
         f"{result.best_epoch}; saved in {folder}"
@@ -92,6 +113,138 @@ def fit_bundle(
     return bundle
 
 
+@dataclass
+class _Saver:
+    """Writes the bundle whenever it is better, what does not change only once."""
+
+    bundle: Bundle
+    folder: Path
+    result: TrainingResult
+    settings: Mapping[str, Any]
+    dropped_rows: Sequence[str]
+    data: Fingerprint | None
+    say: Callable[[str], None]
+    saved: bool = False
+
+    def save(self) -> None:
+        """Write what there is.
+
+        Raises:
+            BundleError: the folder cannot be written.
+        """
+        found = {} if self.data is None else {"data": self.data.model_dump(mode="json")}
+        self.bundle.record = _record(self.result, self.settings, self.dropped_rows) | found
+        save_bundle(self.folder, self.bundle, frozen_too=not self.saved)
+        self.saved = True
+
+    def save_best(self, _: Weights) -> None:
+        """Write the best so far; a full disk is told, since the best weights are in memory too, and saved at the end."""
+        try:
+            self.save()
+        except BundleError as error:
+            self.say(f"{error} Training goes on.")
+
+
+def _earlier_state(
+    states: Path,
+    plan: Plan,
+    task: SegmentationTask,
+    tables: Mapping[str, MaskTable],
+    say: Callable[[str], None],
+    *,
+    resume: bool,
+) -> dict[str, Any] | None:
+    """Note what is run, and return the state of an earlier run of the same to go on with, if there is one.
+
+    Raises:
+        ConfigError: the earlier run is another one.
+        BundleError: the folder cannot be written.
+    """
+    try:
+        known = begin_run(states, plan, task, tables, resume=resume)
+    except OSError as error:
+        raise BundleError(f"cannot write '{states}' ({error}). Check space and permissions.") from error
+    path = newest_state(states, say) if known else None
+    if resume:
+        say(f"going on with {path}" if path else f"nothing to go on with in '{states}'; the fit begins")
+    return None if path is None else read_state(path)
+
+
+def _train_within_memory(
+    bundle: Bundle,
+    tables: Mapping[str, MaskTable],
+    result: TrainingResult,
+    states: Path,
+    state: dict[str, Any] | None,
+    *,
+    say: Callable[[str], None],
+    state_seconds: float | None,
+    options: Mapping[str, Any],
+) -> None:
+    """Train the bundle's network; where memory runs out, go on from there with a smaller micro-batch.
+
+    Args:
+        bundle: its plan is changed to the one that fitted.
+        tables: training and validation rows.
+        result: filled in.
+        states: folder of the states.
+        state: to go on with, or None.
+        say: called with what the user should know.
+        state_seconds: see `fit_bundle`.
+        options: of `train`.
+
+    Raises:
+        TrainingError: not one image at a time fits.
+    """
+    while True:
+        plan = bundle.plan
+        keeper = StateKeeper(states, micro_batch_size=plan.micro_batch_size, interval=state_seconds, on_notice=say)
+        data = data_module(plan, bundle.task, tables["train"], tables["validation"])
+        rest = {"result": result, "on_notice": say, "states": keeper, "state": state, **options}
+        try:
+            train(bundle.model, plan, bundle.task, data, **rest)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            fewer = smaller(plan, can_recompute=bool(bundle.model.encoder.seams()))
+            if fewer is None:
+                raise TrainingError(
+                    f"not one image at a time fits into memory ({error}). Lower model.input_size, take a smaller "
+                    "encoder or a fine-tuning method that trains less of it."
+                ) from error
+            reason = str(error).splitlines()[0]
+        else:
+            return
+        # Outside of the handler: the error holds on to the tensors of the step.
+        say(
+            f"memory ran out ({reason}); going on from the same step with micro-batches of {fewer.micro_batch_size}"
+            f"{' and recomputed activations' if fewer.checkpointing else ''}"
+        )
+        bundle.plan = fewer
+        state = keeper.rescued
+        if state is None:  # not within a step: the last state on disk, or from the beginning
+            path = newest_state(states, say)
+            state = None if path is None else read_state(path)
+        if state is None:
+            bundle.model = seeded_model(fewer)
+            vars(result).update(vars(TrainingResult()))
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _finished(folder: Path, plan: Plan, say: Callable[[str], None]) -> Bundle:
+    """Return the bundle of a fit that was not cut off.
+
+    Raises:
+        BundleError: it is damaged.
+        ConfigError: it was fitted to another plan.
+    """
+    bundle = load_bundle(folder)
+    check_same_plan(folder, bundle.plan, plan)
+    say(f"the fit in '{folder}' is complete; nothing is left to do")
+    return bundle
+
+
 def _epoch_line(entry: Mapping[str, float], metric: str) -> str:
     return (
         f"epoch {entry['epoch']:.0f}: {entry['seconds']:.0f} s, step {entry['step']:.0f}, train loss "
@@ -99,10 +252,11 @@ def _epoch_line(entry: Mapping[str, float], metric: str) -> str:
     )
 
 
-def _record(result: TrainingResult, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _record(result: TrainingResult, settings: Mapping[str, Any], dropped_rows: Sequence[str]) -> dict[str, Any]:
     """Gather what the bundle keeps beside weights, plan and task."""
     return {
         "settings": dict(settings),
+        "dropped_rows": list(dropped_rows),
         "threshold": THRESHOLD,
         "best_score": result.best_score,
         "best_epoch": result.best_epoch,

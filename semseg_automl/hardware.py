@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,6 +12,8 @@ import torch
 
 Device = Literal["cpu", "cuda", "mps"]
 
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -25,6 +28,7 @@ class Hardware:
         cores: processor cores this process may use.
         bf16: whether matrix products in bfloat16 are faster than in float32 here.
         ram: bytes of RAM where `memory` is an accelerator's; None where they are the same.
+        free_ram: bytes of RAM that nobody uses now; None where the system does not say.
     """
 
     device: Device
@@ -33,25 +37,36 @@ class Hardware:
     cores: int
     bf16: bool
     ram: int | None = None
+    free_ram: int | None = None
 
     @property
     def host_memory(self) -> int:
         """Bytes of RAM that this process may use."""
         return self.memory if self.ram is None else self.ram
 
+    @property
+    def host_free(self) -> int:
+        """Bytes of RAM that this process may still take, as far as the system says."""
+        return self.host_memory if self.free_ram is None else min(self.free_ram, self.host_memory)
+
+
+def usable_cores() -> int:
+    """Return the processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
 
 def detect_hardware() -> Hardware:
     """Read the machine's facts; takes milliseconds, allocates nothing."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         bf16 = torch.cuda.is_bf16_supported()
-        return Hardware("cuda", properties.name, properties.total_memory, cores, bf16, ram=_ram())
+        return Hardware("cuda", properties.name, properties.total_memory, cores, bf16, ram=_ram(), free_ram=_free_ram())
     if torch.backends.mps.is_available():
         return Hardware("mps", "Apple GPU", _ram(), cores, bf16=False)
     # Without these instructions oneDNN emulates bfloat16, slower than float32.
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return Hardware("cpu", f"CPU with {cores} cores", _ram(), cores, bf16=native)
+    return Hardware("cpu", f"CPU with {cores} cores", _ram(), cores, bf16=native, free_ram=_free_ram())
 
 
 def _ram() -> int:
@@ -64,3 +79,23 @@ def _ram() -> int:
             if text.isdigit():
                 total = min(total, int(text))
     return total
+
+
+def _free_ram() -> int | None:
+    """Return the bytes of RAM nobody uses, in the machine or in its control group; memory of files counts as free.
+
+    Read as Linux tells it (``/proc/meminfo``, and version 2 of control groups); None on other systems.
+    """
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", _text(_MEMINFO), re.MULTILINE)
+    if found is None:
+        return None
+    free = 1024 * int(found[1])
+    limit, current = _text(_CGROUP / "memory.max").strip(), _text(_CGROUP / "memory.current").strip()
+    if limit.isdigit() and current.isdigit():
+        files = re.search(r"^inactive_file (\d+)", _text(_CGROUP / "memory.stat"), re.MULTILINE)
+        free = min(free, max(0, int(limit) - int(current) + (int(files[1]) if files else 0)))
+    return free
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""

@@ -1,24 +1,38 @@
-"""Prediction: images in, class scores at each image's own size out, one by one, in the order of the table.
+"""Prediction: images in, class scores or labels at each image's own size out, one by one, in the order of the table.
 
-Memory holds one micro-batch whatever the number of images. Deciding on classes and writing files is the caller's.
+Memory holds one micro-batch whatever the number of images, and for labels no score map of a whole large image either:
+it is finished in parts, each decided on and forgotten. Writing files is the caller's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from semseg_automl.calibration import tempered
+from semseg_automl.data.crops import cut
 from semseg_automl.data.images import read_image
 from semseg_automl.data.table import MaskTable
 from semseg_automl.data.transforms import Geometry, resize
-from semseg_automl.errors import ConfigError, DataError
-from semseg_automl.models.segmentation_model import SegmentationModel, semantic_scores
+from semseg_automl.errors import ConfigError, DataError, UnsupportedCombination
+from semseg_automl.models.segmentation_model import SegmentationModel, hard_labels, semantic_scores
+from semseg_automl.tiling import Block, Size, TileGrid, blend, gather, tile_grid
 
 OnError = Literal["raise", "report"]
+MetricSize = Literal["original", "model"]
+
+T = TypeVar("T")
+Collect = Callable[[Size, Iterator[Block]], T]
+"""Makes a prediction of an image's height and width and its scores, block by block."""
+
+STRIP_ELEMENTS = 2**25
+"""Scores, of all classes together, that are brought to an image's own size at once; 128 MiB."""
 
 
 @dataclass(frozen=True)
@@ -41,53 +55,158 @@ class Predictor:
     Args:
         model: in evaluation mode, on `device`.
         input_size: height and width images are resized to, in pixels.
-        batch_size: images per forward pass.
+        batch_size: images, or tiles of one image, per forward pass.
         device: where the network is.
+        temperature: what the logits of all scores are divided by; `semseg_automl.calibration.tempered`.
+        tile: height and width, in an image's own pixels, of the tiles it is seen in; None for whole images.
     """
 
     model: SegmentationModel
-    input_size: tuple[int, int]
+    input_size: Size
     batch_size: int
     device: torch.device
+    temperature: float = 1.0
+    tile: Size | None = None
 
-    def scores(self, table: MaskTable, *, on_error: OnError = "raise") -> Iterator[Tensor | FailedPrediction]:
-        """Yield for each row its class scores ``(C, H, W)`` at the image's own size, on the CPU.
+    def scores(
+        self, table: MaskTable, *, on_error: OnError = "raise", size: MetricSize = "original"
+    ) -> Iterator[Tensor | FailedPrediction]:
+        """Yield for each row its class scores ``(C, H, W)``, on the CPU.
 
         Args:
             table: images; masks are not read.
             on_error: ``raise`` stops at an image that cannot be read, ``report`` yields a `FailedPrediction` there.
+            size: ``original`` for the image's own, ``model`` for that of the network's input.
 
         Raises:
-            ConfigError: `on_error` is neither.
+            ConfigError: `on_error` or `size` is none of these.
+            UnsupportedCombination: `size` is ``model``, and images are seen in tiles.
             DataError: an image cannot be read and `on_error` is ``raise``.
         """
+        if size not in ("original", "model"):
+            raise ConfigError(f"the size of scores is '{size}'; allowed: original, model.")
+        if size == "model" and self.tile is not None:
+            raise UnsupportedCombination(
+                "scores at the size of the network's input are asked for, but images are seen in tiles, of which "
+                "there are several inputs. Use the original size, or fit with data.tiling='off'."
+            )
+        return self._predict(table, on_error, _all_scores, own_size=size == "original")
+
+    def labels(
+        self, table: MaskTable, *, threshold: float, on_error: OnError = "raise"
+    ) -> Iterator[NDArray[np.uint8] | FailedPrediction]:
+        """Yield for each row its class indices ``(H, W)`` at the image's own size: what `scores` would decide on.
+
+        Args:
+            table: images; masks are not read.
+            threshold: foreground probability above which a pixel is foreground.
+            on_error: as for `scores`.
+
+        Raises:
+            ConfigError: `on_error` is unknown.
+            DataError: an image cannot be read and `on_error` is ``raise``.
+        """
+
+        def collect(size: Size, blocks: Iterator[Block]) -> NDArray[np.uint8]:
+            labels = np.empty(size, dtype=np.uint8)
+            for block in blocks:
+                labels[block.place] = hard_labels(block.scores, threshold).to(torch.uint8).cpu().numpy()
+            return labels
+
+        return self._predict(table, on_error, collect)
+
+    def _predict(
+        self, table: MaskTable, on_error: OnError, collect: Collect[T], *, own_size: bool = True
+    ) -> Iterator[T | FailedPrediction]:
         if on_error not in ("raise", "report"):
             raise ConfigError(f"on_error is '{on_error}'; allowed: raise, report.")
+        if self.tile is not None:
+            return self._tiled(table, on_error, collect, self.tile)
+        return self._whole(table, on_error, collect, own_size)
+
+    def _whole(
+        self, table: MaskTable, on_error: OnError, collect: Collect[T], own_size: bool
+    ) -> Iterator[T | FailedPrediction]:
+        """Predict whole images, a micro-batch at a time."""
         for start in range(0, len(table), self.batch_size):
-            rows = range(start, min(start + self.batch_size, len(table)))
-            failed: dict[int, FailedPrediction] = {}
-            inputs: list[Tensor] = []
-            geometries: list[Geometry] = []
-            for row in rows:
-                name = table.row_name(row)
-                try:
-                    image = read_image(table.images[row], name=name)
-                except DataError as error:
-                    if on_error == "raise":
-                        raise
-                    failed[row] = FailedPrediction(name, str(error))
+            batch: list[Geometry | FailedPrediction] = []
+            inputs: list[NDArray[np.uint8]] = []
+            for row in range(start, min(start + self.batch_size, len(table))):
+                image = _read(table, row, on_error)
+                if isinstance(image, FailedPrediction):
+                    batch.append(image)
                     continue
                 resized, geometry = resize(image, self.input_size)
-                inputs.append(torch.from_numpy(resized).permute(2, 0, 1))
-                geometries.append(geometry)
-            done = iter(self._run(inputs, geometries))
-            for row in rows:
-                yield failed[row] if row in failed else next(done)
+                del image  # a large one is not to wait for the network beside its small copy
+                inputs.append(resized)
+                batch.append(geometry if own_size else Geometry(self.input_size, self.input_size))
+            scores = iter(self._run(inputs))
+            for entry in batch:
+                if isinstance(entry, FailedPrediction):
+                    yield entry
+                else:
+                    yield collect(entry.original_size, self._tempered(_strips(entry, next(scores))))
+
+    def _tiled(
+        self, table: MaskTable, on_error: OnError, collect: Collect[T], tile: Size
+    ) -> Iterator[T | FailedPrediction]:
+        """Predict images in tiles, a micro-batch of tiles at a time."""
+        for row in range(len(table)):
+            yield self._in_tiles(table, row, on_error, collect, tile)
+
+    def _in_tiles(
+        self, table: MaskTable, row: int, on_error: OnError, collect: Collect[T], tile: Size
+    ) -> T | FailedPrediction:
+        image = _read(table, row, on_error)
+        if isinstance(image, FailedPrediction):
+            return image
+        size = image.shape[0], image.shape[1]
+        grid = tile_grid(size, tile)
+        return collect(size, self._tempered(blend(grid, self._tile_scores(image, grid))))
+
+    def _tile_scores(self, image: NDArray[np.uint8], grid: TileGrid) -> Iterator[Tensor]:
+        """Yield the scores ``(C, *grid.tile)`` of each tile."""
+        corners = list(grid.corners())
+        for start in range(0, len(corners), self.batch_size):
+            tiles = [
+                resize(cut(image, corner, grid.tile), self.input_size)
+                for corner in corners[start : start + self.batch_size]
+            ]
+            for (_, geometry), scores in zip(tiles, self._run([tile for tile, _ in tiles]), strict=True):
+                yield geometry.undo(scores)
 
     @torch.inference_mode()
-    def _run(self, inputs: Sequence[Tensor], geometries: Sequence[Geometry]) -> list[Tensor]:
-        """Score images of the input size and bring the scores back to each one's own size."""
+    def _run(self, inputs: Sequence[NDArray[np.uint8]]) -> Iterable[Tensor]:
+        """Return the scores ``(B, C, h, w)`` of images ``(h, w, 3)`` of the input size."""
         if not inputs:
-            return []
-        scores = semantic_scores(self.model(torch.stack(list(inputs)).to(self.device)), self.input_size)
-        return [geometry.undo(scores[i]).cpu() for i, geometry in enumerate(geometries)]
+            return ()
+        batch = torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image in inputs])
+        return semantic_scores(self.model(batch.to(self.device)), self.input_size)
+
+    def _tempered(self, blocks: Iterable[Block]) -> Iterator[Block]:
+        return (Block(b.top, b.left, tempered(b.scores, self.temperature)) for b in blocks)
+
+
+def _read(table: MaskTable, row: int, on_error: OnError) -> NDArray[np.uint8] | FailedPrediction:
+    name = table.row_name(row)
+    try:
+        return read_image(table.images[row], name=name)
+    except DataError as error:
+        if on_error == "raise":
+            raise
+        return FailedPrediction(name, str(error))
+
+
+def _strips(geometry: Geometry, scores: Tensor) -> Iterator[Block]:
+    """Bring scores ``(C, h, w)`` to the image's own size: at once or, where that is large, some rows at a time."""
+    height, width = geometry.original_size
+    rows = max(1, STRIP_ELEMENTS // (scores.shape[0] * width))
+    if rows >= height:
+        yield Block(0, 0, geometry.undo(scores))
+        return
+    for start in range(0, height, rows):
+        yield Block(start, 0, geometry.undo_rows(scores, start, min(start + rows, height)))
+
+
+def _all_scores(size: Size, blocks: Iterator[Block]) -> Tensor:
+    return gather(size, (Block(b.top, b.left, b.scores.cpu()) for b in blocks))

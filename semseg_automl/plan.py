@@ -9,17 +9,19 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from semseg_automl.adaptation import choose_learning_rate, choose_method, has_frozen_prefix
 from semseg_automl.capacity import fit_to_machine
 from semseg_automl.config import Config, resolve
 from semseg_automl.errors import ConfigError, UnsupportedCombination, check_known
+from semseg_automl.framing import choose_framing, unrepeated_views
 from semseg_automl.hardware import Hardware
 from semseg_automl.losses import CRITERIA
 from semseg_automl.models.facts import EncoderFacts
 from semseg_automl.peft import METHODS
 from semseg_automl.task import SegmentationTask
+from semseg_automl.tiling import tile_size
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,12 @@ class DataStats:
     Attributes:
         rows: number of labelled images.
         sizes: ``(height, width)`` of each image in pixels.
+        loading_seconds: what one thread takes to read and augment an image; None where nobody has measured.
     """
 
     rows: int
     sizes: tuple[tuple[int, int], ...]
+    loading_seconds: float | None = None
 
 
 class Plan(BaseModel):
@@ -43,7 +47,9 @@ class Plan(BaseModel):
         encoder_options: its architecture, enough to rebuild it without the checkpoint.
         checkpoint: file the encoder's weights come from, ``official`` for the published ones, or None for random ones.
         decoder_options: architecture of the mask decoder.
-        input_size: ``(height, width)`` images are resized to, in pixels.
+        input_size: ``(height, width)`` images, or their tiles, are resized to, in pixels.
+        tile_scale: pixels of the input per pixel of an image, where images are seen in tiles; None for whole images.
+        balanced_crops: half of the training crops lie around a class of the image, each class as often.
         peft: fine-tuning method.
         peft_options: its options.
         merged: what it learned is folded into the encoder's own weights.
@@ -55,9 +61,11 @@ class Plan(BaseModel):
         checkpointing: recompute activations in the backward pass.
         feature_cache: where features of frozen first blocks are kept: ``off``, ``memory`` or ``disk``.
         cached_views: augmented views per image that repeat then; 0 for fresh ones every time.
+        image_cache: bytes of decoded images and masks kept in memory, shared by all loader processes; 0 for none.
         views: times each image is shown per epoch.
         max_epochs: passes at most.
         time_limit: seconds for the whole fit, or None.
+        preset: what the settings were laid over; empty in folders saved before it was kept.
         reasons: per decision, why.
     """
 
@@ -68,6 +76,8 @@ class Plan(BaseModel):
     checkpoint: str | None
     decoder_options: dict[str, int | bool | None]
     input_size: tuple[int, int]
+    tile_scale: float | None = Field(None, ge=0.01, le=16)
+    balanced_crops: bool = False
     peft: str
     peft_options: dict[str, int | float | str | bool]
     merged: bool = False
@@ -90,10 +100,17 @@ class Plan(BaseModel):
     augmentation: str
     precision: str
     num_workers: int
+    image_cache: int = 0
     validation_metric: str
     seed: int
     time_limit: float | None
+    preset: str = ""
     reasons: dict[str, str]
+
+    @property
+    def tile(self) -> tuple[int, int] | None:
+        """Height and width of a tile in pixels of the image, None where images are seen whole."""
+        return None if self.tile_scale is None else tile_size(self.input_size, self.tile_scale)
 
     def __str__(self) -> str:
         """Return one line per decision: setting, value, reason."""
@@ -103,6 +120,10 @@ class Plan(BaseModel):
             lines.append(f"{name:18} {value}" + (f"   ({reason})" if reason else ""))
         return "\n".join(lines)
 
+
+DECODED_CHANNELS = 4  # three of the image and the mask, uint8
+NEVER_AUTO = {"weight_decay", "warmup", "schedule", "gradient_clip", "ema"}
+"""Settings of `OptimConfig` that a plan takes as they are."""
 
 DETAIL_STRIDE = 16  # the detail branch's maps of 1/8 and 1/4 meet the decoder's there
 
@@ -137,7 +158,7 @@ def make_plan(
         UnsupportedCombination: two settings exclude each other; those that work are named.
     """
     reasons: dict[str, str] = {"encoder": encoder.why}
-    input_size = _input_size(config, stats, encoder, reasons)
+    framing = choose_framing(config, stats.sizes, _input_size(config, stats, encoder, reasons), encoder, reasons)
     peft, peft_options = choose_method(config, encoder, reasons)
     loss, decoder_options = _head(config, task, encoder, reasons)
     batch_size, views, max_epochs = _budget(config, stats, encoder, time_limit, reasons)
@@ -146,10 +167,12 @@ def make_plan(
         hardware,
         encoder,
         batch_size=batch_size,
-        input_size=input_size,
+        input_size=framing.input_size,
         rows=stats.rows,
         frozen_prefix=has_frozen_prefix(peft, peft_options, encoder.depth),
         grids_read=encoder.depth if METHODS[peft].reads_all_blocks else encoder.taps,
+        loading_seconds=stats.loading_seconds,
+        image_bytes=sum(DECODED_CHANNELS * height * width for height, width in stats.sizes),
         reasons=reasons,
     )
     return Plan(
@@ -157,17 +180,11 @@ def make_plan(
         encoder_options=encoder.options,
         checkpoint=encoder.checkpoint,
         decoder_options=decoder_options,
-        input_size=input_size,
         peft=peft,
         peft_options=peft_options,
         adapter=config.model.adapter,
         loss=loss,
         lr=choose_learning_rate(config, encoder, peft, reasons),
-        weight_decay=config.optim.weight_decay,
-        warmup=config.optim.warmup,
-        schedule=config.optim.schedule,
-        gradient_clip=config.optim.gradient_clip,
-        ema=config.optim.ema,
         batch_size=batch_size,
         views=views,
         max_epochs=max_epochs,
@@ -177,7 +194,9 @@ def make_plan(
         seed=seed,
         time_limit=time_limit,
         reasons=reasons,
-        **asdict(capacity),
+        **config.optim.model_dump(include=NEVER_AUTO),
+        **framing._asdict(),
+        **(asdict(capacity) | unrepeated_views(config, framing, reasons)),
     )
 
 

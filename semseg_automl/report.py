@@ -33,6 +33,9 @@ FONT_SCALE = 0.45
 DARK_SHARE = 0.6  # above it a cell is too dark for black figures
 BLACK, WHITE, RED = (0, 0, 0), (255, 255, 255), (200, 0, 0)
 
+# Of errors, from the same palette: orange and blue.
+ORANGE, BLUE = (230, 159, 0), (0, 114, 178)
+
 
 def overlay(image: NDArray[np.uint8], labels: NDArray[np.uint8], *, binary: bool) -> NDArray[np.uint8]:
     """Lay class indices over an image, half transparent, with a line along their borders.
@@ -51,11 +54,50 @@ def overlay(image: NDArray[np.uint8], labels: NDArray[np.uint8], *, binary: bool
     return out
 
 
+def error_map(
+    image: NDArray[np.uint8], truth: NDArray[np.uint8], prediction: NDArray[np.uint8], *, binary: bool
+) -> NDArray[np.uint8]:
+    """Show where a prediction is wrong, over the image in pale grey.
+
+    Orange is foreground that is not there, blue is foreground that was missed, white was found; of several classes,
+    orange is any wrong one. Pixels without a label are dark. The two colours differ for colour-blind readers, too.
+
+    Args:
+        image: ``(H, W, 3)`` RGB.
+        truth: ``(H, W)`` class indices, 255 without a label.
+        prediction: ``(H, W)`` class indices.
+        binary: tell false foreground from missed foreground.
+    """
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
+    out = np.repeat((0.45 * grey + 80)[:, :, None], 3, axis=2)
+    labelled = truth != IGNORE_INDEX
+    wrong = labelled & (truth != prediction)
+    missed = wrong & (truth == 1) if binary else np.zeros_like(wrong)
+    found = labelled & ~wrong & (truth > 0) if binary else np.zeros_like(wrong)
+    for where, colour in ((found, WHITE), (wrong & ~missed, ORANGE), (missed, BLUE)):
+        out[where] = 0.25 * out[where] + 0.75 * np.array(colour, dtype=np.float32)
+    out[~labelled] *= 0.3
+    return out.astype(np.uint8)
+
+
+def confidence_map(confidence: NDArray[np.float32], *, lowest: float) -> NDArray[np.uint8]:
+    """Paint the probability of the predicted class, dark blue for `lowest` to yellow for 1 (viridis).
+
+    Args:
+        confidence: ``(H, W)``, 0 to 1.
+        lowest: the least that the most probable of all classes can have; below it is dark blue as well.
+    """
+    share = ((confidence - lowest) / (1 - lowest)).clip(0, 1)
+    painted = cv2.applyColorMap((255 * share).astype(np.uint8), cv2.COLORMAP_VIRIDIS)
+    return np.ascontiguousarray(painted[:, :, ::-1]).astype(np.uint8)
+
+
 def overlay_grid(
-    rows: list[tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]],
+    rows: Sequence[Sequence[NDArray[np.uint8]]],
     *,
     binary: bool,
     class_names: Sequence[str] = (),
+    titles: Sequence[str] = ("image", "truth", "prediction"),
 ) -> NDArray[np.uint8]:
     """Draw ``image | truth | prediction``, one row an image, under a header.
 
@@ -63,26 +105,28 @@ def overlay_grid(
         rows: image ``(H, W, 3)``, true and predicted class indices ``(H, W)``, of any sizes.
         binary: leave class 0 uncoloured.
         class_names: names for a legend below, in the order of the class indices; none for no legend.
+        titles: of the columns; each row has as many pictures, those after the first are class indices.
 
     Returns:
         ``(H', W', 3)`` RGB.
     """
-    lines = [_header(("image", "truth", "prediction"))]
-    for image, truth, prediction in rows:
-        tiles = (image, overlay(image, truth, binary=binary), overlay(image, prediction, binary=binary))
+    lines = [_header(titles)]
+    for image, *labels in rows:
+        tiles = (image, *(overlay(image, each, binary=binary) for each in labels))
         lines.append(np.concatenate([_tile(tile) for tile in tiles], axis=1))
     coloured = [(i, name) for i, name in enumerate(class_names) if i or not binary]
     lines.extend(
-        _legend_line(coloured[i : i + LEGEND_COLUMNS], binary) for i in range(0, len(coloured), LEGEND_COLUMNS)
+        _legend_line(coloured[i : i + LEGEND_COLUMNS], binary, TILE * len(titles))
+        for i in range(0, len(coloured), LEGEND_COLUMNS)
     )
     return np.concatenate(lines)
 
 
-def _legend_line(entries: list[tuple[int, str]], binary: bool) -> NDArray[np.uint8]:
+def _legend_line(entries: list[tuple[int, str]], binary: bool, width: int) -> NDArray[np.uint8]:
     """Draw a swatch and a name for each class index, of at most `LEGEND_COLUMNS`."""
-    line = np.full((HEADER, TILE * 3, 3), 255, dtype=np.uint8)
+    line = np.full((HEADER, width, 3), 255, dtype=np.uint8)
     for place, (index, name) in enumerate(entries):
-        left = 8 + place * (TILE * 3 // LEGEND_COLUMNS)
+        left = 8 + place * (width // LEGEND_COLUMNS)
         line[6 : HEADER - 6, left : left + 14] = PALETTE[(index - (1 if binary else 0)) % len(PALETTE)]
         cv2.putText(line, name, (left + 20, HEADER - 8), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
     return line
@@ -101,7 +145,7 @@ def _tile(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return tile
 
 
-def _header(titles: tuple[str, ...]) -> NDArray[np.uint8]:
+def _header(titles: Sequence[str]) -> NDArray[np.uint8]:
     line = np.full((HEADER, TILE * len(titles), 3), 255, dtype=np.uint8)
     for i, title in enumerate(titles):
         (width, height), _ = cv2.getTextSize(title, cv2.FONT_HERSHEY_SIMPLEX, 0.5, 1)

@@ -133,7 +133,7 @@ class SegmentationTask:
         if mask.dtype == np.bool_ or (self.snapped and not self.colours and _is_grey(mask)):
             mask = mask.astype(np.uint8)
         if mask.dtype == np.uint8 and not self.colours:
-            encoded: NDArray[np.uint8] = self._encoding[mask]
+            encoded: NDArray[np.uint8] = self._encoding.take(mask)  # half the time of [mask]
         else:
             encoded = self._looked_up(mask)
         unknown = encoded == _UNKNOWN

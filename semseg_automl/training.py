@@ -17,11 +17,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from semseg_automl.build import build_method
 from semseg_automl.callbacks import Clock, ExpertUsage, TrainingResult, WeightKeeper, Weights
+from semseg_automl.data.cache import ImageCache
+from semseg_automl.data.crops import CropRule
 from semseg_automl.data.dataset import Batch, MaskDataModule, MaskDataset
 from semseg_automl.data.table import MaskTable
 from semseg_automl.errors import ConfigError, nearest
@@ -32,8 +35,11 @@ from semseg_automl.models.mask_decoder import SegmentationOutput
 from semseg_automl.models.segmentation_model import SegmentationModel, hard_labels, semantic_scores
 from semseg_automl.peft import trainable_parameters
 from semseg_automl.plan import Plan
+from semseg_automl.resume import SUFFIX, StateIO, StateKeeper, prepare_state
 from semseg_automl.task import SegmentationTask
 from semseg_automl.third_party import lightning
+from semseg_automl.tiling import join
+from semseg_automl.trackers import LOG_EVERY, Previews, build_trackers, chosen_trackers, run_log
 
 
 class FineTuneModule(lightning.LightningModule):
@@ -46,6 +52,7 @@ class FineTuneModule(lightning.LightningModule):
 
     Attributes:
         caches: what the frozen part of the encoder computed, for ``train`` and ``validation``; either may be absent.
+        previews: validation images that are drawn for a tracker, or None.
     """
 
     def __init__(self, model: SegmentationModel, plan: Plan, task: SegmentationTask) -> None:
@@ -56,6 +63,10 @@ class FineTuneModule(lightning.LightningModule):
         name = plan.validation_metric
         self.metric = build_metrics([name], kind=task.kind, num_classes=task.num_classes)[name]
         self.caches: dict[str, FeatureCache] = {}
+        self.previews: Previews | None = None
+        self.in_step = False
+        """Whether a step has begun and has changed no weight yet."""
+        self.strict_loading = False  # the state of a fit holds no frozen weights
 
     def segment(self, batch: Batch, dataset: str) -> SegmentationOutput:
         """Run the network on a batch, from what the cache of its dataset knows on where there is one."""
@@ -65,6 +76,26 @@ class FineTuneModule(lightning.LightningModule):
             return output
         return self.model.finish(cache.states(batch.index, batch.image), cache.stage, batch.image)
 
+    def on_train_batch_start(self, batch: Batch, batch_index: int) -> None:
+        """Let the noise of the experts follow from the step alone, so that a fit gone on with draws the same."""
+        words = [self.plan.seed, self.global_rank, self.trainer.global_step, batch_index]
+        torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
+        self.in_step = True
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Note that weights change from here on."""
+        self.in_step = False
+
+    def on_validation_start(self) -> None:
+        """Note that no step is at hand."""
+        self.in_step = False
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave frozen weights out of the state of the fit."""
+        frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        weights = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: weights[name] for name in weights if name not in frozen}
+
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Return the loss of a batch: the criterion plus the layers' auxiliary losses."""
         output = self.segment(batch, "train")
@@ -73,12 +104,29 @@ class FineTuneModule(lightning.LightningModule):
         return loss
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
-        """Score a batch at each image's own resolution."""
+        """Score a batch at each image's own resolution, tiles as `Predictor` does: blended into one image."""
         size = (batch.image.shape[-2], batch.image.shape[-1])
+        if batch.grid is not None:
+            native = join(batch.grid, self._tile_scores(batch))
+            self._judge(int(batch.index[0]), native, batch.native_masks[0])
+            return
         scores = semantic_scores(self.segment(batch, "validation"), size)
         for i, (geometry, mask) in enumerate(zip(batch.geometry, batch.native_masks, strict=True)):
-            native = geometry.undo(scores[i])
-            self.metric.update(native, hard_labels(native), mask.long())
+            self._judge(int(batch.index[i]), geometry.undo(scores[i]), mask)
+
+    def _judge(self, row: int, scores: Tensor, mask: Tensor) -> None:
+        """Take ``scores (C, H, W)`` of a validation row into the metric, and show them if they are to be drawn."""
+        labels = hard_labels(scores)
+        self.metric.update(scores, labels, mask.long())
+        if self.previews is not None:
+            self.previews.keep(row, labels, mask)
+
+    def _tile_scores(self, batch: Batch) -> Iterator[Tensor]:
+        """Yield the scores of each tile at its own resolution, a micro-batch after the other."""
+        geometries = iter(batch.geometry)
+        for images in batch.image.split(self.plan.micro_batch_size):
+            for scores in semantic_scores(self.model(images), self.plan.input_size):
+                yield next(geometries).undo(scores)
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation metric and start it anew."""
@@ -113,19 +161,23 @@ def data_module(
     """Return the loaders of training and validation batches, all as the plan has it.
 
     Args:
-        plan: input size, batch, views, augmentation, seed, loader processes.
+        plan: input size, tiles, batch, views, augmentation, seed, loader processes.
         task: encodes the masks.
         train_table: shuffled, augmented.
         validation_table: in order, only resized.
     """
+    rows, shared = len(train_table) + len(validation_table), plan.num_workers > 0
+    cache = ImageCache(rows, plan.image_cache, shared=shared) if plan.image_cache else None
+    crops = None if plan.tile is None else CropRule(plan.tile, plan.balanced_crops)
     return MaskDataModule(
-        MaskDataset(train_table, task, plan.input_size, plan.augmentation, plan.seed),
-        MaskDataset(validation_table, task, plan.input_size),
+        MaskDataset(train_table, task, plan.input_size, plan.augmentation, plan.seed, crops, cache),
+        MaskDataset(validation_table, task, plan.input_size, cache=cache, first_entry=len(train_table)),
         batch_size=plan.micro_batch_size,
         views=plan.views,
         num_workers=plan.num_workers,
         seed=plan.seed,
         cached_views=plan.cached_views,
+        tile=plan.tile,
     )
 
 
@@ -140,6 +192,8 @@ def train(
     on_epoch: Callable[[dict[str, float]], None],
     on_notice: Callable[[str], None],
     cache_folder: Path | None = None,
+    states: StateKeeper | None = None,
+    state: dict[str, Any] | None = None,
     deadline: float | None = None,
     trainer_options: dict[str, Any] | None = None,
     progress_bar: bool = True,
@@ -156,6 +210,8 @@ def train(
         on_epoch: called with each complete entry of the history.
         on_notice: called with what the user should know besides, for example that the feature cache is full.
         cache_folder: for a feature cache on disk, made and deleted here; may be None without one.
+        states: saves the state of training now and then; None saves none.
+        state: to go on with, from `resume.read_state`; None begins anew.
         deadline: `time.monotonic` seconds at which training, last validation included, must be over.
         trainer_options: passed on to Lightning's trainer by name.
         progress_bar: show Lightning's progress bar.
@@ -171,20 +227,22 @@ def train(
     usage = ExpertUsage(model)
     keeper = WeightKeeper(model, plan, result, usage, on_best, on_epoch)
     clock = Clock(plan, deadline)
-    patience = lightning.pytorch.callbacks.EarlyStopping(
-        plan.validation_metric,
-        mode="max" if module.metric.higher_is_better else "min",
-        patience=plan.patience,
-        check_finite=False,
-    )
-    callbacks = [clock, usage, keeper, patience, *options.pop("callbacks", [])]
-    settings = _trainer_settings(plan) | {"enable_progress_bar": progress_bar} | options
+    patience = _early_stopping(module)
+    loggers, logs = _trackers(options, module, result, data.validation)
+    callbacks = [clock, usage, keeper, patience, *logs, *options.pop("callbacks", []), *([states] if states else [])]
+    settings = _trainer_settings(plan) | {"enable_progress_bar": progress_bar, "logger": loggers} | options
+    if states is not None:
+        settings["plugins"] = [StateIO(state), *_listed(options.get("plugins"))]
+    if state is not None:
+        position = prepare_state(state, plan.micro_batch_size, clock.state_key)
+        data.start = position.epoch, position.samples
+        clock.deadline = None if deadline is None else deadline - position.seconds
     with _quiet_lightning():
         trainer = lightning.Trainer(callbacks=callbacks, **settings)
         folder = None if cache_folder is None else cache_folder / f"rank{trainer.global_rank}"
         with torch.random.fork_rng(), feature_caches(model, plan, data, folder, on_notice) as module.caches:
             torch.manual_seed(plan.seed)
-            interrupted = _fit_or_interrupt(trainer, module, data)
+            interrupted = _fit_or_interrupt(trainer, module, data, None if state is None else f"state{SUFFIX}")
     keeper.restore()
     model.eval()
     if interrupted:
@@ -193,6 +251,28 @@ def train(
         result.stopped_by = "time_limit"
     elif patience.stopped_epoch:
         result.stopped_by = "patience"
+
+
+def _early_stopping(module: FineTuneModule) -> lightning.pytorch.callbacks.EarlyStopping:
+    """Return what ends training when the validation metric has not got better for as long as the plan says."""
+    return lightning.pytorch.callbacks.EarlyStopping(
+        module.plan.validation_metric,
+        mode="max" if module.metric.higher_is_better else "min",
+        patience=module.plan.patience,
+        check_finite=False,
+    )
+
+
+def _trackers(
+    options: dict[str, Any], module: FineTuneModule, result: TrainingResult, validation: MaskDataset
+) -> tuple[list[Any], list[lightning.Callback]]:
+    """Take the choice of trackers out of `options`; return its loggers and what logs to them."""
+    loggers = build_trackers(options.pop("logger", False), Path(options.get("default_root_dir") or "."))
+    if not loggers:
+        return [], []
+    log = run_log(loggers, module.plan, result, validation)
+    module.previews = log.previews
+    return loggers, [log]
 
 
 def _trainer_settings(plan: Plan) -> dict[str, Any]:
@@ -204,7 +284,7 @@ def _trainer_settings(plan: Plan) -> dict[str, Any]:
         "gradient_clip_val": plan.gradient_clip,
         "enable_model_summary": False,
         "enable_checkpointing": False,
-        "logger": False,
+        "log_every_n_steps": LOG_EVERY,
         "num_sanity_val_steps": 0,
         "use_distributed_sampler": False,
     }
@@ -221,6 +301,8 @@ def _quiet_lightning() -> Iterator[None]:
             # Loader processes are the plan's decision, and so is an epoch of few batches.
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
             warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+            # A fit that is gone on with: the sampler begins where it was.
+            warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
             # Lightning 2.6 with torch 2.13, on torch's own tree specs.
             warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
             yield
@@ -228,12 +310,14 @@ def _quiet_lightning() -> Iterator[None]:
         talk.setLevel(level)
 
 
-def _fit_or_interrupt(trainer: lightning.Trainer, module: FineTuneModule, data: MaskDataModule) -> bool:
+def _fit_or_interrupt(
+    trainer: lightning.Trainer, module: FineTuneModule, data: MaskDataModule, state: str | None
+) -> bool:
     """Run the trainer; return whether Ctrl-C ended it. Lightning turns that into an exit and mutes the signal."""
     main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGINT) if main_thread else None
     try:
-        trainer.fit(module, datamodule=data)
+        trainer.fit(module, datamodule=data, ckpt_path=state)
     except SystemExit as error:
         if not isinstance(error.__context__, KeyboardInterrupt):
             raise
@@ -242,6 +326,12 @@ def _fit_or_interrupt(trainer: lightning.Trainer, module: FineTuneModule, data: 
         if main_thread:
             signal.signal(signal.SIGINT, handler)
     return False
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def check_trainer_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -258,4 +348,5 @@ def check_trainer_options(options: dict[str, Any]) -> dict[str, Any]:
     callbacks = checked.get("callbacks")
     if "callbacks" in checked and not isinstance(callbacks, list):
         checked["callbacks"] = [] if callbacks is None else [callbacks]
+    chosen_trackers(checked.get("logger", False))
     return checked

@@ -7,7 +7,7 @@ pooled scores, whose images weigh differently, are resampled as rightly as means
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -120,6 +120,19 @@ class ImageTallies:
             )
             for name in ours
         }
+
+    def take(self, rows: Iterable[int]) -> ImageTallies:
+        """Return the tallies of the images at positions `rows`, in that order."""
+        chosen = [int(row) for row in rows]
+        part = ImageTallies(self.metrics, self.class_names)
+        part._counted = [self._counted[row] for row in chosen]
+        part._tallies = {name: [tallies[row] for row in chosen] for name, tallies in self._tallies.items()}
+        return part
+
+    @property
+    def counted(self) -> int:
+        """The number of images that have a pixel to score."""
+        return sum(self._counted)
 
     def __len__(self) -> int:
         return len(self._counted)

@@ -43,6 +43,13 @@ def test_cli__fit_evaluate_predict_info__go_through(folder: Path, tmp_path: Path
     assert "3 masks" in run("predict", str(bundle), str(folder / "test.csv"), "--out", str(tmp_path / "masks"))
     table = pd.read_csv(tmp_path / "masks" / "predictions.csv")
     assert table["mask"].map(lambda path: Path(path).is_file()).all()
+    out = tmp_path / "overlays"
+    arguments = ("predict", str(bundle), str(folder / "test.csv"), "--out", str(out), "--format", "overlay", "--resume")
+    assert "3 masks" in run(*arguments)
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*.png")}
+    assert {read_image(path).shape for path in before} == {(64, 80, 3)}
+    run(*arguments)
+    assert before == {path: path.stat().st_mtime_ns for path in out.glob("*.png")}, "kept, not written again"
     described = run("info", str(bundle))
     assert "tiny_vit" in described
     assert "because" in described

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from semseg_automl.config import ALIASES, Config, flatten, known_keys, list_presets, load_config
 from semseg_automl.errors import ConfigError
+from semseg_automl.peft import METHODS
 
 
 @pytest.mark.parametrize("name", list_presets())
@@ -21,15 +22,23 @@ def test_preset__every_file__validates_and_says_what_it_is_for(name: str) -> Non
 
 
 def test_list_presets__checkout__has_the_default_and_the_papers() -> None:
-    assert {"fast", "conv_lora_reference"} <= set(list_presets())
+    assert {"auto", "fast", "conv_lora_paper", *METHODS} - {"conv_lora"} <= set(list_presets())
 
 
 def test_load_config__paper_preset__differs_from_the_default() -> None:
-    assert load_config("conv_lora_reference") != load_config("fast")
+    assert load_config("conv_lora_paper") != load_config("fast")
+
+
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"conv_lora"}))
+def test_load_config__preset_of_a_method__is_the_papers_recipe_with_it(method: str) -> None:
+    paper, own = (load_config(name).model_dump() for name in ("conv_lora_paper", method))
+    assert own["optim"].pop("peft") == method
+    assert paper["optim"].pop("peft") == "conv_lora"
+    assert own == paper
 
 
 def test_load_config__unknown_preset__names_the_nearest_and_all() -> None:
-    with pytest.raises(ConfigError, match=r"unknown preset 'fastt'; did you mean 'fast'.*conv_lora_reference"):
+    with pytest.raises(ConfigError, match=r"unknown preset 'fastt'; did you mean 'fast'.*conv_lora_paper"):
         load_config("fastt")
 
 
@@ -80,6 +89,10 @@ def test_load_config__key_like_no_other__is_named_without_a_suggestion() -> None
         ("env.batch_size", 0),
         ("env.micro_batch_size", 2.5),
         ("env.num_workers", -1),
+        ("env.image_cache", -1),
+        ("env.image_cache", "2 apples"),
+        ("env.image_cache", "-2GB"),
+        ("env.image_cache", True),
         ("env.precision", "64"),
         ("data.augmentation", "wild"),
     ],
@@ -93,7 +106,7 @@ def test_load_config__value_out_of_range__names_the_setting_and_the_value(key: s
 
 def test_load_config__several_overrides__later_ones_win_key_by_key() -> None:
     config = load_config(
-        "conv_lora_reference",
+        "conv_lora_paper",
         {"optim.lr": 1e-2, "optim.max_epochs": 5},
         None,
         {"optim": {"lr": 1e-3, "lora": {"r": 6}}},
@@ -102,7 +115,7 @@ def test_load_config__several_overrides__later_ones_win_key_by_key() -> None:
     assert config.optim.lr == 2e-3
     assert config.optim.max_epochs == 5
     assert config.optim.lora.rank == 6
-    assert config.optim.lora.experts == load_config("conv_lora_reference").optim.lora.experts
+    assert config.optim.lora.experts == load_config("conv_lora_paper").optim.lora.experts
 
 
 def test_load_config__nested_or_dotted__is_the_same() -> None:
@@ -127,3 +140,21 @@ def test_flatten__a_configuration__names_every_setting_once() -> None:
     flat = flatten(Config().model_dump())
     assert set(flat) == set(known_keys())
     assert all(description for description in known_keys().values()), "every setting says what it is"
+
+
+@pytest.mark.parametrize(
+    ("asked", "read"),
+    [
+        ("auto", "auto"),
+        ("off", "off"),
+        (False, "off"),
+        (0, 0),
+        (5000, 5000),
+        ("7KB", 7000),
+        ("512MiB", 2**29),
+        ("1.5 gib", 3 * 2**29),
+        (" 1TB ", 10**12),
+    ],
+)
+def test_load_config__image_cache__is_read_as_bytes(asked: object, read: object) -> None:
+    assert load_config("fast", {"env.image_cache": asked}).env.image_cache == read

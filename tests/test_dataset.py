@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -13,7 +15,16 @@ import torch
 from numpy.typing import NDArray
 
 from semseg_automl.data import dataset as dataset_module
-from semseg_automl.data.dataset import Batch, MaskDataModule, MaskDataset, Sample, ViewSampler, collate
+from semseg_automl.data.cache import ImageCache
+from semseg_automl.data.dataset import (
+    Batch,
+    MaskDataModule,
+    MaskDataset,
+    Sample,
+    ViewSampler,
+    collate,
+    loading_seconds,
+)
 from semseg_automl.data.images import ImageSource, read_image
 from semseg_automl.data.table import MaskTable
 from semseg_automl.data.transforms import resize, resize_mask
@@ -40,10 +51,12 @@ def draw_dataset(rows: int = 5, augmentation: str = "none", seed: int = 0) -> Ma
     return MaskDataset(draw_table(rows), TASK, SIZE, augmentation, seed)
 
 
-def draw_module(rows: int = 5, **options: Any) -> MaskDataModule:
-    """Make a data module, strongly augmented, over such tables."""
+def draw_module(rows: int = 5, budget: int = 0, **options: Any) -> MaskDataModule:
+    """Make a data module, strongly augmented, over such tables; its datasets share a cache of `budget` bytes."""
     settings = {"batch_size": 2, "views": 3, "num_workers": 0, "seed": 4, **options}
-    return MaskDataModule(draw_dataset(rows, "strong"), draw_dataset(rows), **settings)
+    cache = ImageCache(2 * rows, budget, shared=settings["num_workers"] > 0) if budget else None
+    train = replace(draw_dataset(rows, "strong"), cache=cache)
+    return MaskDataModule(train, replace(draw_dataset(rows), cache=cache, first_entry=rows), **settings)
 
 
 def same(a: Sample, b: Sample) -> bool:
@@ -144,7 +157,7 @@ def test_dataset__cache_budget__holds_as_many_rows_as_fit(
     data = draw_dataset(3, augmentation="light")
     expected = [data[index] for index in range(9)]
     row_bytes = [4 * sample.native_mask.size for sample in expected[:3]]  # three channels and the mask
-    monkeypatch.setattr(dataset_module, "CACHE_BYTES", sum(row_bytes[:budget_rows]))
+    cache = ImageCache(3, sum(row_bytes[:budget_rows]))
     names: list[str | None] = []
 
     def counting_read(source: ImageSource, *, name: str | None = None) -> NDArray[np.uint8]:
@@ -152,21 +165,31 @@ def test_dataset__cache_budget__holds_as_many_rows_as_fit(
         return read_image(source, name=name)
 
     monkeypatch.setattr(dataset_module, "read_image", counting_read)
-    fresh = draw_dataset(3, augmentation="light")
+    fresh = replace(draw_dataset(3, augmentation="light"), cache=cache)
     got = [fresh[index] for index in range(9)]
     assert len(names) == reads
+    assert cache.used == sum(row_bytes[:budget_rows])
     assert all(same(a, b) for a, b in zip(got, expected, strict=True)), "cached or read: the same samples"
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # on a machine with one core
-@pytest.mark.parametrize("num_workers", [1, 2])
-def test_data_module__loader_processes__change_no_sample(num_workers: int) -> None:
+@pytest.mark.parametrize("budget", [0, 8_000, 10**6], ids=["no cache", "some rows fit", "all rows fit"])
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+def test_data_module__cache_and_loader_processes__change_no_sample(
+    num_workers: int, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataset_module, "usable_cores", lambda: 1)
     alone = draw_module().train_dataloader()
-    together = draw_module(num_workers=num_workers).train_dataloader()
+    monkeypatch.setattr(dataset_module, "usable_cores", lambda: 3)
+    module = draw_module(budget=budget, num_workers=num_workers)
+    together = module.train_dataloader()
     for epoch in range(2):
         for loader in (alone, together):
             cast(ViewSampler, loader.sampler).set_epoch(epoch)
         assert_same_batches(list(together), list(alone))
+    assert_same_batches(list(module.val_dataloader()), list(draw_module().val_dataloader()))
+    if module.train.cache is not None:
+        assert (module.train.cache.used > 0.9 * budget) == (budget == 8_000), "the processes filled one cache"
 
 
 def test_data_module__training__leaves_out_only_the_last_incomplete_batch() -> None:
@@ -214,3 +237,26 @@ def test_batch__to_another_device__moves_all_tensors_and_keeps_the_geometry() ->
     assert moved.geometry == batch.geometry
     assert (moved.index.device.type, moved.index.tolist()) == ("cpu", [0, 1])
     assert batch.image.device.type == "cpu"
+
+
+def test_data_module__training__sends_no_masks_of_the_images_own_size() -> None:
+    module = draw_module()
+    assert all(batch.native_masks == [] for batch in module.train_dataloader())
+    assert [len(batch.native_masks) for batch in module.val_dataloader()] == [2, 2, 1]
+
+
+@pytest.mark.parametrize(("limit", "rows"), [(0.0, 1), (60.0, 5)])
+def test_loading_seconds__time_given__reads_a_row_at_least_and_each_once_at_most(
+    limit: float, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    plain = MaskDataset.__getitem__
+
+    def slow(self: MaskDataset, index: int) -> Sample:
+        read.append(index)
+        time.sleep(0.02)
+        return plain(self, index)
+
+    monkeypatch.setattr(MaskDataset, "__getitem__", slow)
+    assert 0.02 <= loading_seconds(draw_table(), TASK, limit=limit) < 1
+    assert read == list(range(rows))

@@ -21,12 +21,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from semseg_automl import SemanticSegmentor
+from semseg_automl.data.checks import RowCheck, check_rows
 from semseg_automl.data.colours import parse_colour, unpack
 from semseg_automl.data.encodings import MaskEncoding
 from semseg_automl.data.images import ImageSource, read_image, read_mask, write_png
-from semseg_automl.data.table import MaskTable, RowCheck, check_rows, split_holdout
+from semseg_automl.data.splits import split_holdout
+from semseg_automl.data.table import MaskTable
 from semseg_automl.errors import DataError
-from semseg_automl.evaluation import check_values, save_masks
+from semseg_automl.evaluation import check_values
 from semseg_automl.task import IGNORE_INDEX, SegmentationTask, infer_task
 
 Indices = NDArray[np.uint8]
@@ -249,15 +251,16 @@ def test_encoding__of_every_kind__is_understood_and_written_back(kind: str, tmp_
         agreement = float((encoded == expected).mean())
         assert agreement == 1 if case.lossless else agreement > 0.93
         decoded.append(task.decode(np.where(encoded == IGNORE_INDEX, 0, encoded)))
-    written = save_masks(table, decoded, tmp_path / "out", palette=task.palette)
-    for row, mask, source in zip(written, decoded, table.masks or (), strict=True):
-        with Image.open(str(row["mask"])) as image:
+    for row, (mask, source) in enumerate(zip(decoded, table.masks or (), strict=True)):
+        written = tmp_path / "out" / f"{row}.png"
+        write_png(written, mask, palette=task.palette)
+        with Image.open(written) as image:
             assert image.mode == case.mode
             assert np.array_equal(np.asarray(image), mask)
             if case.mode == "P" and isinstance(source, Path) and kind != "bits":
                 with Image.open(source) as label:
                     assert image.getpalette() == label.getpalette()
-        again = task.encode(read_mask(str(row["mask"]), colours=task.colours))
+        again = task.encode(read_mask(written, colours=task.colours))
         assert np.array_equal(task.decode(again), mask)
 
 
@@ -284,8 +287,9 @@ def test_encoding__of_random_colours__comes_back_pixel_by_pixel(
         table = MaskTable((np.zeros((9, 13), np.uint8),), (label,), pd.RangeIndex(1))
         task = task_of(check_rows(table, workers=1))
         mask = task.decode(task.encode(read_mask(label, colours=task.colours)))
-        row = save_masks(table, [mask], Path(folder) / "out", palette=task.palette)[0]
-        assert np.array_equal(read_image(str(row["mask"])), read_image(label))
+        written = Path(folder) / "out.png"
+        write_png(written, mask, palette=task.palette)
+        assert np.array_equal(read_image(written), read_image(label))
         assert np.array_equal(read_image(label), np.array(colours, np.uint8)[drawing])
 
 
@@ -306,8 +310,8 @@ def test_encoding__of_random_numbers__comes_back_pixel_by_pixel(values: set[int]
         stored = read_mask(label)
         assert np.array_equal(stored, np.array(listed)[drawing])
         mask = task.decode(task.encode(stored))
-        row = save_masks(table, [mask], Path(folder) / "out")[0]
-        assert np.array_equal(read_mask(str(row["mask"])), stored)
+        write_png(Path(folder) / "out.png", mask)
+        assert np.array_equal(read_mask(Path(folder) / "out.png"), stored)
 
 
 def test_check_values__colours_of_no_class__are_named_with_their_rows(tmp_path: Path) -> None:
@@ -334,8 +338,9 @@ def test_split_holdout__colours_and_grey_files_of_one_set__count_the_same_backgr
     table = MaskTable((empty,) * 8, (*[empty] * 4, *[marked] * 4), pd.RangeIndex(8))  # an all-white mask is grey
     checks = check_rows(table)
     assert [check.encoding.colours for check in checks] == [False] * 4 + [True] * 4
+    task = infer_task([check.value_counts for check in checks], encodings=[check.encoding for check in checks])
     for seed in range(4):
-        held = split_holdout(table, checks, frac=0.25, seed=seed)[1]
+        held = split_holdout(table, checks, frac=0.25, seed=seed, task=task)[1]
         assert sorted(index >= 4 for index in held.index) == [False, True]
 
 

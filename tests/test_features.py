@@ -14,7 +14,8 @@ from torch import Tensor
 from semseg_automl import draw_dataset, features
 from semseg_automl.callbacks import TrainingResult
 from semseg_automl.capacity import CACHE_SHARE
-from semseg_automl.data.table import MaskTable, check_rows, read_table
+from semseg_automl.data.checks import check_rows
+from semseg_automl.data.table import MaskTable, read_table
 from semseg_automl.errors import ConfigError
 from semseg_automl.estimator import SemanticSegmentor
 from semseg_automl.features import FeatureCache

@@ -55,3 +55,44 @@ def test_detect_hardware__no_limit__is_the_machines_memory(
         limit.write_text(content)
     monkeypatch.setattr(hardware, "_CGROUP_LIMITS", (str(limit),))
     assert detect_hardware().memory == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@pytest.mark.usefixtures("without_accelerator")
+@pytest.mark.parametrize(
+    ("group", "free"),
+    [
+        ({}, 6 * GIB),
+        ({"memory.max": "max", "memory.current": f"{2 * GIB}"}, 6 * GIB),
+        ({"memory.max": f"{5 * GIB}", "memory.current": f"{3 * GIB}"}, 2 * GIB),
+        (
+            {"memory.max": f"{5 * GIB}", "memory.current": f"{3 * GIB}", "memory.stat": f"anon 7\ninactive_file {GIB}"},
+            3 * GIB,
+        ),
+        ({"memory.max": f"{50 * GIB}", "memory.current": f"{3 * GIB}"}, 6 * GIB),
+        ({"memory.max": f"{GIB}", "memory.current": f"{3 * GIB}"}, 0),
+    ],
+)
+def test_detect_hardware__free_memory__is_the_machines_or_the_control_groups(
+    group: dict[str, str], free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "meminfo").write_text(f"MemTotal: 99 kB\nMemAvailable:   {6 * GIB // 1024} kB\n")
+    for name, text in group.items():
+        (tmp_path / name).write_text(f"{text}\n")
+    monkeypatch.setattr(hardware, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(hardware, "_CGROUP", tmp_path)
+    assert detect_hardware().free_ram == free
+
+
+@pytest.mark.usefixtures("without_accelerator")
+def test_detect_hardware__system_that_does_not_tell_free_memory__counts_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "_MEMINFO", tmp_path / "absent")
+    found = detect_hardware()
+    assert found.free_ram is None
+    assert found.host_free == found.host_memory
+
+
+def test_hardware__more_free_than_may_be_used__counts_what_may() -> None:
+    assert hardware.Hardware("cpu", "CPU", GIB, 1, bf16=False, free_ram=2 * GIB).host_free == GIB
+    assert hardware.Hardware("cpu", "CPU", 3 * GIB, 1, bf16=False, free_ram=2 * GIB).host_free == 2 * GIB

@@ -19,25 +19,31 @@ PACKAGE = "semseg_automl"
 
 # Modules (without "semseg_automl.") and whole subpackages, lowest first. Imports go to a lower line, or stay
 # inside one subpackage. A new module is entered here. "" is the package itself, which no module imports from;
-# build, features and callbacks stand between the plan they read and those who train and load; report below the
-# estimator, and cli and demo above it, as calls go.
+# build, features and callbacks stand between the plan they read and those who train and load; report_page
+# below the estimator, and cli and demo above it, as calls go.
 LAYERS = [
     "version errors third_party data",
-    "data.colours data.completeness data.npy tiling matching hardware",
-    "data.images data.encodings data.modes data.palettes",
-    "class_values data.pooling",
+    "files data.colours data.completeness data.npy data.rle data.drawn data.duplicates data.cache tiling matching hardware",
+    "data.images data.encodings data.objects data.modes data.palettes",
+    "class_values data.pooling data.listing data.annotated data.coco data.yolo data.labelme data.pairs",
+    "data.annotations",
     "models task config saliency",
     "confusion weighted_f",
     "boundaries",
-    "capacity peft losses metrics data.table data.transforms data.synthetic",
-    "data.dataset adaptation uncertainty",
-    "plan",
-    "build features callbacks",
+    "capacity choosing peft losses metrics data.table data.checks data.survey data.transforms data.crops data.synthetic",
+    "data.dataset data.splits adaptation framing uncertainty calibration fingerprint report",
+    "plan findings strata review report_charts",
+    "build features callbacks memory",
+    "resume",
+    "trackers",
     "training inference bundle",
-    "evaluation report",
-    "fitting fitted",
-    "estimator",
-    "serve tune export comparison",
+    "evaluation",
+    "sinks report_scores",
+    "report_page",
+    "fitting fitted check_page",
+    "judging",
+    "estimator checking",
+    "serve tune export comparison grid",
     "demo",
     "cli",
 ]
@@ -48,8 +54,11 @@ SUBPACKAGES = ("models", "peft", "data")
 THROUGH_THE_DOOR = {"lightning", "torchmetrics", "timm", "segment_anything"}
 # Package -> the modules that may import it at run time; others may name its types under TYPE_CHECKING.
 OWNERS = {
-    "pandas": {"data.table", "estimator", "fitted", "report", "evaluation", "comparison"},
-    "lightning": {"training", "callbacks", "data.dataset"},
+    "pandas": {
+        "data.table", "data.annotations", "estimator", "fitted", "report", "evaluation", "comparison", "strata", "review",
+        "judging", "checking", "check_page",
+    },
+    "lightning": {"training", "callbacks", "resume", "trackers", "data.dataset"},
     "timm": {"models.timm_encoder"},
     "segment_anything": {"models.sam"},
 }
@@ -451,5 +460,5 @@ def test_help__command_line__loads_nothing_slow() -> None:
     }
     assert result.returncode == 0, "\n".join(result.stderr.splitlines()[-5:])
     assert loaded & SLOW_TO_IMPORT == set()
-    for command in ("fit", "evaluate", "predict", "demo", "info"):
+    for command in ("fit", "evaluate", "predict", "check", "demo", "info"):
         assert command in result.stdout

@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 from numpy.typing import NDArray
 
+from semseg_automl.data.checks import check_rows
 from semseg_automl.data.modes import find_modes, snap
-from semseg_automl.data.table import MaskTable, check_rows
+from semseg_automl.data.table import MaskTable
 from semseg_automl.errors import DataError
 from semseg_automl.task import SegmentationTask, infer_task
 

@@ -69,6 +69,8 @@ def test_wheel__package__is_whole_and_typed_and_alone(wheel: zipfile.ZipFile) ->
     names = set(wheel.namelist())
     assert sources - names == set()
     assert "semseg_automl/py.typed" in names
+    page = "semseg_automl/report_page.html"
+    assert wheel.read(page) == (ROOT / page).read_bytes()
     assert {name.partition("/")[0] for name in names} == {
         "semseg_automl",
         f"semseg_automl-{__version__}.dist-info",

@@ -10,13 +10,18 @@ from numpy.typing import NDArray
 
 from semseg_automl.data.images import read_image
 from semseg_automl.report import (
+    BLUE,
     CELL_HEIGHT,
     CELL_WIDTH,
     EXPERT_USAGE,
     HEADER,
+    ORANGE,
     PALETTE,
     RED,
     TILE,
+    WHITE,
+    confidence_map,
+    error_map,
     expert_usage_chart,
     overlay,
     overlay_grid,
@@ -116,6 +121,48 @@ def test_overlay_grid__class_names__are_a_legend_below() -> None:
     for i in range(6):
         assert (named[len(plain) : len(plain) + HEADER] == PALETTE[i]).all(axis=-1).any()
     assert len(overlay_grid([row], binary=True, class_names=["background", "polyp"])) == len(plain) + HEADER
+
+
+def test_overlay_grid__titles__are_the_columns() -> None:
+    labels = [np.full((20, 20), index, np.uint8) for index in (0, 1, 1)]
+    grid = overlay_grid([(grey(20, 20), *labels)], binary=True, class_names=["a", "b"], titles=("image", "t", "x", "y"))
+    assert grid.shape == (2 * HEADER + TILE, 4 * TILE, 3)
+    middle = grid[HEADER + TILE // 2, [TILE // 2 + i * TILE for i in range(4)]]
+    assert middle.tolist() == [[100] * 3, [100] * 3, tinted(100, 0), tinted(100, 0)]
+
+
+def nearest_of(pixel: NDArray[np.uint8], colours: dict[str, tuple[int, int, int]]) -> str:
+    """Name the colour that a pixel is tinted with."""
+    return min(colours, key=lambda name: int(np.abs(pixel.astype(int) - colours[name]).sum()))
+
+
+@pytest.mark.parametrize("level", [0, 100, 255])
+def test_error_map__binary__tells_false_missed_found_and_unlabelled_apart(level: int) -> None:
+    truth = np.array([[0, 0, 1, 1, IGNORE_INDEX]], np.uint8)
+    prediction = np.array([[0, 1, 0, 1, 1]], np.uint8)
+    (row,) = error_map(grey(1, 5, level), truth, prediction, binary=True)
+    plain = int(0.45 * level + 80)
+    assert row[0].tolist() == [plain] * 3, "rightly background"
+    colours = {"orange": ORANGE, "blue": BLUE, "white": WHITE}
+    assert [nearest_of(pixel, colours) for pixel in row[1:4]] == ["orange", "blue", "white"]
+    assert row[4].max() < 60
+
+
+def test_error_map__several_classes__tints_only_what_is_wrong() -> None:
+    truth = np.array([[0, 2, 1, IGNORE_INDEX]], np.uint8)
+    (row,) = error_map(grey(1, 4), truth, np.array([[0, 2, 2, 0]], np.uint8), binary=False)
+    assert row[0].tolist() == row[1].tolist() == [125] * 3
+    assert nearest_of(row[2], {"orange": ORANGE, "blue": BLUE, "plain": (125, 125, 125)}) == "orange"
+    assert row[3].max() < 60
+
+
+def test_confidence_map__from_least_to_certain__runs_from_dark_blue_to_yellow() -> None:
+    (row,) = confidence_map(np.array([[0.2, 0.5, 0.75, 1.0]], np.float32), lowest=0.5)
+    assert row[0].tolist() == row[1].tolist()
+    brightness = row.sum(axis=1).tolist()
+    assert brightness[1] < brightness[2] < brightness[3]
+    assert row[1][2] > row[1][1], "blue"
+    assert min(row[3][0], row[3][1]) > 200 > row[3][2], "yellow"
 
 
 def usage_of(*rows: list[int]) -> dict[str, list[int]]:

@@ -9,9 +9,10 @@ from typing import Literal
 import numpy as np
 import pytest
 
+from semseg_automl.data.checks import check_rows
 from semseg_automl.data.images import read_image, read_mask
 from semseg_automl.data.synthetic import draw_dataset
-from semseg_automl.data.table import check_rows, read_table
+from semseg_automl.data.table import read_table
 from semseg_automl.errors import ConfigError
 from semseg_automl.task import infer_task
 

@@ -12,10 +12,11 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from semseg_automl.data import table as table_module
+from semseg_automl.data import checks as checks_module
+from semseg_automl.data.checks import RowCheck, check_rows
 from semseg_automl.data.images import write_png
-from semseg_automl.data.table import MaskTable, RowCheck, check_rows, read_images, read_table, split_holdout
-from semseg_automl.errors import ConfigError, DataError
+from semseg_automl.data.table import MaskTable, read_images, read_table
+from semseg_automl.errors import DataError
 from semseg_automl.task import infer_task
 
 
@@ -124,7 +125,7 @@ def test_read_table__unusable_csv__says_why(tmp_path: Path) -> None:
         "empty.csv": r"empty\.csv: cannot be read as a CSV file",
         "header.csv": r"header\.csv has no rows",
         "binary.csv": r"binary\.csv: cannot be read as a CSV file",
-        ".": "cannot be read as a CSV file",
+        ".": "no annotations that are read here",
     }.items():
         with pytest.raises(DataError, match=message):
             read_table(tmp_path / name)
@@ -192,9 +193,9 @@ def test_read_images__folder__is_sorted_and_takes_images_only(folder: Path) -> N
     assert names == ["0.png", "1.png", "2.png", "3.png", "4.png", "5.png", "B.PNG"]
 
 
-def test_read_images__nothing_to_read__says_why(folder: Path) -> None:
+def test_read_images__nothing_to_read__says_why(tmp_path: Path) -> None:
     for source, message in (
-        (folder, "no images in this folder .*suffixes looked for are"),
+        (tmp_path, "no images in this folder .*suffixes looked for are"),
         ([], "an empty list of images"),
         (pd.DataFrame({"image": []}), "has no rows"),
         (pd.DataFrame({"img": ["a"]}), "no column 'image'"),
@@ -265,55 +266,6 @@ def test_check_rows__more_bad_rows_than_are_listed__counts_the_rest(monkeypatch:
     assert lines[-1] == "- ... and 5 more rows"
 
 
-def checks_of(shares: list[float]) -> tuple[MaskTable, list[RowCheck]]:
-    table = MaskTable(tuple(f"{i}.png" for i in range(len(shares))), None, pd.RangeIndex(len(shares)))
-    counts = [{value: round(1000 * share) for value, share in ((0, 1 - s), (255, s))} for s in shares]
-    return table, [RowCheck(size=(10, 100), value_counts=c) for c in counts]
-
-
-def test_split_holdout__same_seed__same_rows_and_nothing_lost() -> None:
-    table, checks = checks_of([i / 100 for i in range(50)])
-    train, validation = split_holdout(table, checks, frac=0.2, seed=3)
-    again = split_holdout(table, checks, frac=0.2, seed=3)
-    assert (train.images, validation.images) == (again[0].images, again[1].images)
-    assert (len(train), len(validation)) == (40, 10)
-    assert sorted([*train.index, *validation.index]) == list(range(50))
-    assert list(train.index) == sorted(train.index)
-    assert list(validation.index) == sorted(validation.index)
-    other = split_holdout(table, checks, frac=0.2, seed=4)[1]
-    assert other.images != validation.images
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_split_holdout__empty_and_full_masks__are_held_out_in_proportion(seed: int) -> None:
-    shares = [0.0] * 40 + [0.1] * 20 + [0.4] * 20
-    table, checks = checks_of(list(np.random.default_rng(seed).permutation(shares)))
-    _, validation = split_holdout(table, checks, frac=0.2, seed=seed)
-    held = [round(checks[i].value_counts.get(255, 0) / 1000, 1) for i in validation.index]
-    assert sorted(held) == [0.0] * 8 + [0.1] * 4 + [0.4] * 4
-
-
-@pytest.mark.parametrize(
-    ("rows", "frac", "held"), [(2, 0.5, 1), (2, 0.99, 1), (3, 0.01, 1), (10, 0.25, 2), (7, 0.9, 6)]
-)
-def test_split_holdout__small_tables__keep_a_row_on_either_side(rows: int, frac: float, held: int) -> None:
-    table, checks = checks_of([0.1] * rows)
-    train, validation = split_holdout(table, checks, frac=frac, seed=0)
-    assert (len(train), len(validation)) == (rows - held, held)
-
-
-def test_split_holdout__what_cannot_be_split__raises() -> None:
-    table, checks = checks_of([0.1])
-    with pytest.raises(DataError, match=r"a table of 1 row cannot be split .*tuning_data="):
-        split_holdout(table, checks, frac=0.5, seed=0)
-    table, checks = checks_of([0.1] * 4)
-    for frac in (0.0, 1.0, -1.0, float("nan")):
-        with pytest.raises(ConfigError, match="use a fraction above 0 and below 1"):
-            split_holdout(table, checks, frac=frac, seed=0)
-    with pytest.raises(DataError, match="3 checks for 4 rows"):
-        split_holdout(table, checks[:3], frac=0.5, seed=0)
-
-
 @pytest.mark.parametrize(
     ("name", "values", "ignored"),
     [("kvasir_polyp", (0, 255), ()), ("camvid", tuple(range(11)), (255,)), ("ultrasound_nerve", (0, 1, 2), ())],
@@ -328,4 +280,4 @@ def test_tables__of_real_data__are_read_checked_and_explained(
 
 def test_check_rows__default_workers__are_the_processors_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
-    assert table_module._processors() == 3
+    assert checks_module._processors() == 3

@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from semseg_automl import draw_dataset
 from semseg_automl.build import seeded_model
 from semseg_automl.callbacks import TrainingResult, Weights
+from semseg_automl.data.checks import check_rows
 from semseg_automl.data.dataset import MaskDataModule
-from semseg_automl.data.table import check_rows, read_table
+from semseg_automl.data.table import read_table
 from semseg_automl.errors import ConfigError
 from semseg_automl.estimator import SemanticSegmentor
 from semseg_automl.models import encoder as encoder_module

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,19 @@ def blob_pair(height: int, width: int, seed: int = 0) -> tuple[NDArray[np.uint8]
     cv2.rectangle(mask, (0, 0), (width // 5, height // 6), (1,), -1)
     colours = np.array([[190, 60, 190], [60, 190, 60]], np.uint8)
     return colours[mask], mask
+
+
+@pytest.mark.parametrize("original", [(53, 41), (8, 9), (1, 1), (5, 300)])
+def test_geometry__rows_of_undo__are_those_of_the_whole(original: tuple[int, int]) -> None:
+    geometry = Geometry(original_size=original, input_size=(16, 24))
+    for shape in [(3, 16, 24), (1, 4, 6), (2, 1, 1)]:
+        scores = torch.rand(shape)
+        whole = geometry.undo(scores)
+        bounds = sorted({0, 1, original[0] // 3, original[0] - 1, original[0]})
+        parts = [geometry.undo_rows(scores, a, b) for a, b in itertools.pairwise(bounds)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="scores of one image"):
+        geometry.undo_rows(torch.zeros(1, 1, 4, 4), 0, 1)
 
 
 def greener(image: NDArray[np.uint8]) -> NDArray[np.bool_]:

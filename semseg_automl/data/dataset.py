@@ -6,23 +6,35 @@ Reading, encoding and augmenting are done by the modules below this one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from semseg_automl.data.cache import ImageCache
+from semseg_automl.data.crops import CropRule, cut, draw_corner
 from semseg_automl.data.images import read_image, read_mask
 from semseg_automl.data.table import MaskTable
 from semseg_automl.data.transforms import Geometry, augment, resize, resize_mask
-from semseg_automl.task import SegmentationTask
+from semseg_automl.hardware import usable_cores
+from semseg_automl.task import IGNORE_INDEX, SegmentationTask
 from semseg_automl.third_party import lightning
+from semseg_automl.tiling import TileGrid, tile_grid
 
-CACHE_BYTES = 2 * 2**30
-"""Decoded images kept in memory at most; reading a JPEG costs several times the augmentation."""
+T = TypeVar("T")
+
+PROBE_SIZE = (256, 256)
+"""Input size that reading is timed at: the plan, which chooses the size, wants to know before."""
+_NO_MASK = np.zeros((0, 0), np.uint8)
+_CROPS = 1  # not 0, which a seed would not tell from nothing
 
 
 @dataclass
@@ -33,7 +45,7 @@ class Sample:
         image: ``(h, w, 3)`` uint8 at the input size.
         mask: ``(h, w)`` uint8 class indices at the input size.
         geometry: how to get back to the image's own size.
-        native_mask: ``(H, W)`` uint8 class indices at the image's own size.
+        native_mask: ``(H, W)`` uint8 class indices at the image's own size; of a training crop, at the crop's.
         index: item of the dataset this is, ``view * rows + row``.
     """
 
@@ -45,15 +57,33 @@ class Sample:
 
 
 @dataclass
+class TiledSample:
+    """One whole row in tiles, to be validated on.
+
+    Attributes:
+        images: ``(T, h, w, 3)`` uint8, every tile at the input size, in the order of the grid's corners.
+        grid: where they lie.
+        native_mask: as for `Sample`, of the whole image.
+        index: as for `Sample`.
+    """
+
+    images: NDArray[np.uint8]
+    grid: TileGrid
+    native_mask: NDArray[np.uint8]
+    index: int
+
+
+@dataclass
 class Batch:
-    """What the network is trained and validated on.
+    """What the network is trained and validated on: images or crops, or all the tiles of one image.
 
     Attributes:
         image: ``(B, 3, h, w)`` uint8 RGB.
-        mask: ``(B, h, w)`` int64 class indices, 255 where unknown.
-        geometry: one per image.
-        native_masks: ``(H, W)`` uint8 class indices at each image's own size.
+        mask: ``(B, h, w)`` int64 class indices, 255 where unknown; none for tiles, which are validated on.
+        geometry: one per image, or tile.
+        native_masks: ``(H, W)`` uint8 class indices at each image's own size; none in training.
         index: ``(B,)`` int64 items of the dataset, always on the CPU.
+        grid: where the tiles lie, if they are tiles.
     """
 
     image: Tensor
@@ -61,6 +91,7 @@ class Batch:
     geometry: list[Geometry]
     native_masks: list[Tensor]
     index: Tensor
+    grid: TileGrid | None = None
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -74,7 +105,23 @@ class Batch:
             self.geometry,
             [mask.to(device, non_blocking=non_blocking) for mask in self.native_masks],
             self.index,
+            self.grid,
         )
+
+
+def collate_tiles(samples: list[TiledSample]) -> Batch:
+    """Make a batch of the tiles of one image."""
+    (sample,) = samples
+    count, height, width, _ = sample.images.shape
+    geometry = Geometry(original_size=sample.grid.tile, input_size=(height, width))
+    return Batch(
+        torch.from_numpy(sample.images).permute(0, 3, 1, 2).contiguous(),
+        torch.empty(0, height, width, dtype=torch.int64),
+        [geometry] * count,
+        [torch.tensor(sample.native_mask)],  # as in `collate`
+        torch.tensor([sample.index]),
+        sample.grid,
+    )
 
 
 def collate(samples: list[Sample]) -> Batch:
@@ -83,9 +130,14 @@ def collate(samples: list[Sample]) -> Batch:
         torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2).contiguous(),
         torch.from_numpy(np.stack([s.mask for s in samples]).astype(np.int64)),
         [s.geometry for s in samples],
-        [torch.from_numpy(s.native_mask) for s in samples],
+        [torch.tensor(s.native_mask) for s in samples],  # a copy: the cache's own is read-only
         torch.tensor([s.index for s in samples]),
     )
+
+
+def collate_for_training(samples: list[Sample]) -> Batch:
+    """Stack samples as `collate` does, without the masks at the images' own size, which only validation reads."""
+    return replace(collate([replace(sample, native_mask=_NO_MASK) for sample in samples]), native_masks=[])
 
 
 @dataclass
@@ -97,7 +149,10 @@ class MaskDataset(Dataset[Sample]):
         task: encodes the masks.
         input_size: height and width of the samples in pixels.
         augmentation: strength of the augmentation; ``none`` only resizes.
-        seed: of the augmentation.
+        seed: of the augmentation, and of the crops.
+        crops: how a view is cut out of its image; None shows whole images.
+        cache: keeps decoded images; None decodes them every time.
+        first_entry: of this table in the cache, which other tables may share.
     """
 
     table: MaskTable
@@ -105,8 +160,9 @@ class MaskDataset(Dataset[Sample]):
     input_size: tuple[int, int]
     augmentation: str = "none"
     seed: int = 0
-    _cache: dict[int, tuple[NDArray[np.uint8], NDArray[np.uint8]]] = field(default_factory=dict, repr=False)
-    _cached_bytes: int = 0
+    crops: CropRule | None = None
+    cache: ImageCache | None = None
+    first_entry: int = 0
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -116,6 +172,11 @@ class MaskDataset(Dataset[Sample]):
         """Return one view of one row."""
         view, row = divmod(index, len(self.table))
         image, mask = self._decoded(row)
+        if self.crops is not None:
+            # Another stream than the augmentation's, which then draws the same with crops and without.
+            corner = draw_corner(mask, self.crops, np.random.default_rng([self.seed, view, row, _CROPS]))
+            image = cut(image, corner, self.crops.size)
+            mask = cut(mask, corner, self.crops.size, fill=IGNORE_INDEX)
         if self.augmentation == "none":
             resized, geometry = resize(image, self.input_size)
             return Sample(resized, resize_mask(mask, self.input_size), geometry, mask, index)
@@ -123,20 +184,76 @@ class MaskDataset(Dataset[Sample]):
         geometry = Geometry(original_size=(image.shape[0], image.shape[1]), input_size=self.input_size)
         return Sample(*augment(image, mask, self.input_size, self.augmentation, rng), geometry, mask, index)
 
+    def __getitems__(self, indices: list[int]) -> list[Sample]:
+        """Return several samples; PyTorch's loader asks for a batch at once.
+
+        Decoding and resampling let other threads run, so all cores take part, unless loader processes do already.
+        """
+        threads = 1 if get_worker_info() is not None else min(usable_cores(), len(indices))
+        if threads == 1:
+            return [self[index] for index in indices]
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(self.__getitem__, indices))
+
     def _decoded(self, row: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """Read image and encoded mask of a row, from memory where they fit."""
-        if row in self._cache:
-            return self._cache[row]
+        kept = None if self.cache is None else self.cache.get(self.first_entry + row)
+        if kept is not None:
+            return kept
         if self.table.masks is None:
             raise ValueError("MaskDataset needs a table with masks")
         name = self.table.row_name(row)
         image = read_image(self.table.images[row], name=name)
         stored = read_mask(self.table.masks[row], name=name, colours=self.task.colours)
         mask = self.task.encode(stored, name=name)
-        if self._cached_bytes + image.nbytes + mask.nbytes <= CACHE_BYTES:
-            self._cache[row] = image, mask
-            self._cached_bytes += image.nbytes + mask.nbytes
+        if self.cache is not None:
+            self.cache.put(self.first_entry + row, image, mask)
         return image, mask
+
+
+@dataclass
+class TileDataset(Dataset[TiledSample]):
+    """Rows of a table in tiles that cover each image, in order, not augmented.
+
+    Args:
+        rows: whole images; also reads them.
+        tile: height and width of a tile in pixels of an image.
+    """
+
+    rows: MaskDataset
+    tile: tuple[int, int]
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> TiledSample:
+        """Return all tiles of one row."""
+        image, mask = self.rows._decoded(index)
+        grid = tile_grid((image.shape[0], image.shape[1]), self.tile)
+        size = self.rows.input_size
+        tiles = [resize(cut(image, corner, self.tile), size)[0] for corner in grid.corners()]
+        return TiledSample(np.stack(tiles), grid, mask, index)
+
+
+def loading_seconds(table: MaskTable, task: SegmentationTask, *, limit: float = 1.0) -> float:
+    """Measure what one thread takes to read and augment a row: the median of as many rows as fit in `limit` seconds.
+
+    Args:
+        table: with masks; its first rows are read.
+        task: encodes the masks.
+        limit: in seconds; one row is read at least.
+    """
+    data = MaskDataset(table, task, PROBE_SIZE, "medium")
+    seconds: list[float] = []
+    start = time.perf_counter()
+    for row in range(len(table)):
+        before = time.perf_counter()
+        data[row]
+        seconds.append(time.perf_counter() - before)
+        if time.perf_counter() - start >= limit:
+            break
+    return statistics.median(seconds)
 
 
 class ViewSampler(Sampler[int]):
@@ -156,6 +273,11 @@ class ViewSampler(Sampler[int]):
         self.seed = seed
         self.cached_views = cached_views
         self.epoch = 0
+        self.done = 0
+
+    def start_at(self, epoch: int, done: int) -> None:
+        """Begin with what is left of an epoch of which `done` samples were trained on before a kill."""
+        self.epoch, self.done = epoch, done
 
     def __len__(self) -> int:
         """Return the samples of one epoch."""
@@ -163,15 +285,19 @@ class ViewSampler(Sampler[int]):
 
     def set_epoch(self, epoch: int) -> None:
         """Name the epoch to draw next; Lightning calls this."""
-        self.epoch = epoch
+        if epoch != self.epoch:
+            self.epoch, self.done = epoch, 0
 
     def __iter__(self) -> Iterator[int]:
         """Yield the epoch's indices."""
         rng = np.random.default_rng([self.seed, self.epoch])
         first_view = self.epoch * self.views
+        left = self.done
         for view in range(first_view, first_view + self.views):
             shown = view % self.cached_views if self.cached_views else view
-            yield from (shown * self.rows + rng.permutation(self.rows)).tolist()
+            order = (shown * self.rows + rng.permutation(self.rows)).tolist()
+            yield from order[left:]
+            left = max(0, left - self.rows)
 
 
 class MaskDataModule(lightning.LightningDataModule):
@@ -185,6 +311,7 @@ class MaskDataModule(lightning.LightningDataModule):
         num_workers: loader processes.
         seed: of the order.
         cached_views: see `ViewSampler`.
+        tile: height and width, in pixels of an image, of the tiles it is validated in; None for whole images.
     """
 
     def __init__(
@@ -197,6 +324,7 @@ class MaskDataModule(lightning.LightningDataModule):
         num_workers: int,
         seed: int,
         cached_views: int = 0,
+        tile: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         self.train = train
@@ -206,25 +334,39 @@ class MaskDataModule(lightning.LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.cached_views = cached_views
+        self.tile = tile
+        self.start = 0, 0
+        """Epoch, and samples of it that were trained on before: where `train_dataloader` begins."""
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Return shuffled batches; a last incomplete one is left out, its rows come in other epochs."""
         sampler = ViewSampler(len(self.train), self.views, self.seed, self.cached_views)
-        return self._loader(self.train, min(self.batch_size, len(sampler)), sampler=sampler, drop_last=True)
+        sampler.start_at(*self.start)
+        size = min(self.batch_size, len(sampler))
+        return self._loader(self.train, size, sampler=sampler, drop_last=True, collate_fn=collate_for_training)
 
-    def val_dataloader(self) -> DataLoader[Sample]:
-        """Return the validation rows in order."""
+    def val_dataloader(self) -> DataLoader[Sample] | DataLoader[TiledSample]:
+        """Return the validation rows in order; in tiles, the tiles of one row are a batch."""
+        if self.tile is not None:
+            tiles = TileDataset(self.validation, self.tile)
+            return self._loader(tiles, 1, sampler=None, drop_last=False, collate_fn=collate_tiles)
         return self._loader(self.validation, self.batch_size, sampler=None, drop_last=False)
 
     def _loader(
-        self, data: MaskDataset, batch_size: int, *, sampler: Sampler[int] | None, drop_last: bool
-    ) -> DataLoader[Sample]:
+        self,
+        data: Dataset[T],
+        batch_size: int,
+        *,
+        sampler: Sampler[int] | None,
+        drop_last: bool,
+        collate_fn: Callable[[list[Any]], Batch] = collate,
+    ) -> DataLoader[T]:
         return DataLoader(
             data,
             batch_size=batch_size,
             sampler=sampler,
             drop_last=drop_last,
             num_workers=self.num_workers,
-            collate_fn=collate,
+            collate_fn=collate_fn,
             persistent_workers=self.num_workers > 0,
         )

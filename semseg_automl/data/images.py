@@ -36,13 +36,14 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from semseg_automl.data.completeness import jpeg_is_complete, png_flaw
+from semseg_automl.data.drawn import DrawnMask
 from semseg_automl.data.encodings import StoredMask, plain_mask
 from semseg_automl.data.npy import NPY_START, npy_shape, read_npy
 from semseg_automl.data.palettes import palette_of, palette_png
 from semseg_automl.errors import DataError
 
-ImageSource: TypeAlias = str | os.PathLike[str] | np.ndarray[Any, Any] | Image.Image
-"""One image or mask: a path, an array, or a Pillow image."""
+ImageSource: TypeAlias = str | os.PathLike[str] | np.ndarray[Any, Any] | Image.Image | DrawnMask
+"""One image or mask: a path, an array, or a Pillow image; a mask also as one to be drawn."""
 
 MAX_PIXELS = 400_000_000
 """Images of more pixels are refused before they are decoded: as RGB this many take 1.2 GB. TIFF and WebP also have
@@ -94,6 +95,8 @@ def read_image(source: ImageSource, *, name: str | None = None) -> NDArray[np.ui
     (4, 6, 3)
     """
     name = _name(source, name)
+    if isinstance(source, DrawnMask):
+        raise DataError(f"{name}: a mask drawn from annotations where an image is expected; check image= and label=")
     if isinstance(source, np.ndarray):
         return _rgb(source, name)
     if not isinstance(source, Image.Image) and _is_npy(source, name):
@@ -114,7 +117,7 @@ def read_mask(
     and 1, and three equal channels count as one. The EXIF orientation is applied as for images.
 
     Args:
-        source: A path, an array, or a Pillow image.
+        source: A path, an array, a Pillow image, or a mask to be drawn.
         name: As in :func:`read_image`.
         colours: Whether the classes are colours: then every mask, also one of a palette or grey, gives packed
             colours ``r << 16 | g << 8 | b``, int32.
@@ -143,6 +146,9 @@ def read_stored_mask(source: ImageSource, *, name: str | None = None) -> StoredM
         _check_pixels(source.size, name)
         pixels = _pixels_of(_upright(source, name), name, as_stored=True)
         palette = palette_of(source)
+    elif isinstance(source, DrawnMask):
+        _check_pixels(source.size[::-1], name)
+        pixels = source.draw()
     elif isinstance(source, np.ndarray) or _is_npy(source, name):
         pixels = source if isinstance(source, np.ndarray) else read_npy(source, name)
     else:
@@ -168,6 +174,8 @@ def image_size(source: ImageSource, *, name: str | None = None) -> tuple[int, in
     (4, 6)
     """
     name = _name(source, name)
+    if isinstance(source, DrawnMask):
+        return source.size
     if isinstance(source, np.ndarray) or (not isinstance(source, Image.Image) and _is_npy(source, name)):
         shape = source.shape if isinstance(source, np.ndarray) else npy_shape(source, name)
         if len(shape) not in (2, 3):
@@ -246,6 +254,8 @@ def _name(source: ImageSource, name: str | None) -> str:
         return "array in memory"
     if isinstance(source, Image.Image):
         return "Pillow image in memory"
+    if isinstance(source, DrawnMask):
+        return source.name
     if isinstance(source, (str, os.PathLike)):
         return os.fspath(source)
     raise DataError(f"{type(source).__name__} is not an image; pass a path, a NumPy array or a Pillow image")

@@ -22,6 +22,8 @@ from semseg_automl.errors import DataError
 NPY_START = b"\x93NUMPY"
 """The first bytes of every ``.npy`` file."""
 
+NPY_SUFFIX = ".npy"
+
 _HEADER = re.compile(
     rb"\{'descr': '([<>|](?:b1|[ui][1248]|f[248]))', 'fortran_order': (True|False), "
     rb"'shape': \(((?:\d{1,12}, ?){0,4}\d{0,12})\), \} *\n"
@@ -50,6 +52,21 @@ def npy_shape(path: str | os.PathLike[str], name: str) -> tuple[int, ...]:
         raise DataError(f"{name}: cannot be read ({error.strerror}); check its permissions and the disk") from error
 
 
+def holds_image(path: str | os.PathLike[str]) -> bool:
+    """Whether a file's header is an image's: uint8 or uint16, ``(H, W)`` or with one, three or four channels behind."""
+    try:
+        with open(path, "rb") as stream:
+            if stream.read(len(NPY_START)) != NPY_START:
+                return False
+            stream.seek(0)
+            header = _stated(stream, os.fspath(path))
+    except (OSError, DataError):
+        return False
+    if header.dtype.newbyteorder("=") not in (np.uint8, np.uint16):
+        return False
+    return len(header.shape) == 2 or (len(header.shape) == 3 and header.shape[2] in (1, 3, 4))
+
+
 def read_npy(path: str | os.PathLike[str], name: str) -> NDArray[Any]:
     """Return the array in a file, which is no larger than the file itself.
 
@@ -66,8 +83,8 @@ def read_npy(path: str | os.PathLike[str], name: str) -> NDArray[Any]:
     return array.astype(header.dtype.newbyteorder("="), copy=False)
 
 
-def _header(stream: BinaryIO, name: str) -> _Header:
-    """Read the header, leave `stream` at the first number, and check that the file has them all."""
+def _stated(stream: BinaryIO, name: str) -> _Header:
+    """Read the header and leave `stream` at the first number."""
     stream.read(len(NPY_START))
     length = int.from_bytes(stream.read(_LENGTH_BYTES.get(stream.read(2), 0)), "little")
     found = _HEADER.fullmatch(stream.read(min(length, _MAX_HEADER)))
@@ -77,7 +94,13 @@ def _header(stream: BinaryIO, name: str) -> _Header:
             "with np.save"
         )
     shape = tuple(int(part) for part in found[3].split(b",") if part.strip())
-    dtype = np.dtype(found[1].decode())
+    return _Header(np.dtype(found[1].decode()), found[2] == b"True", shape)
+
+
+def _header(stream: BinaryIO, name: str) -> _Header:
+    """Read the header, leave `stream` at the first number, and check that the file has them all."""
+    header = _stated(stream, name)
+    shape, dtype = header.shape, header.dtype
     promised = stream.tell() + math.prod(shape) * dtype.itemsize
     size = os.fstat(stream.fileno()).st_size
     if size < promised:
@@ -85,4 +108,4 @@ def _header(stream: BinaryIO, name: str) -> _Header:
             f"{name}: truncated: shape {shape} of {dtype} takes {promised:,} bytes, the file has {size:,}; "
             "copy the file again or remove the row"
         )
-    return _Header(dtype, found[2] == b"True", shape)
+    return header

@@ -1,20 +1,19 @@
-"""Tables of images and masks: the only reader of DataFrames, the check of every row, and the hold-out split.
+"""Tables of images and masks: the only reader of DataFrames.
 
 A :class:`MaskTable` is what the rest of the package knows of a user's table: sources in order, and the
 user's own index to name rows by. Nothing is dropped or reordered on the way.
 
-Not here: decoding files (:mod:`semseg_automl.data.images`), what mask values mean
+Not here: decoding files (:mod:`semseg_automl.data.images`), the check of every row
+(:mod:`semseg_automl.data.checks`), splitting (:mod:`semseg_automl.data.splits`), what mask values mean
 (:mod:`semseg_automl.task`).
 """
 
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,12 +22,18 @@ import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
-from semseg_automl.data.encodings import NUMBERS, MaskEncoding
-from semseg_automl.data.images import SUFFIXES, ImageSource, read_image, read_stored_mask
-from semseg_automl.errors import ConfigError, DataError, nearest
+from semseg_automl.data.annotated import BACKGROUND, check_names
+from semseg_automl.data.annotations import annotation_format, are_annotations, read_annotations
+from semseg_automl.data.drawn import DrawnMask
+from semseg_automl.data.images import SUFFIXES, ImageSource
+from semseg_automl.data.listing import image_files
+from semseg_automl.errors import DataError, nearest
 
 TableSource: TypeAlias = pd.DataFrame | str | os.PathLike[str]
-"""A DataFrame, or the path of a CSV file."""
+"""A DataFrame, or the path of a CSV file or of annotations (:mod:`semseg_automl.data.annotations`)."""
+
+PREDICTED_SPLITS = ("test", "val", "train")
+"""The parts of annotations, of which the first one that is there is predicted."""
 
 _LISTED_PROBLEMS = 20
 
@@ -41,6 +46,12 @@ class MaskTable:
     masks: tuple[ImageSource, ...] | None
     index: pd.Index[Any]
     """The caller's index, of any kind; duplicates are allowed, rows are told apart by position."""
+    groups: tuple[Hashable, ...] | None = None
+    """What rows belong together by, such as the patient; None where nobody has asked."""
+    class_names: Mapping[int, str] = field(default_factory=dict)
+    """The name of each value, where annotations came with names."""
+    notes: tuple[str, ...] = ()
+    """What was decided about annotations, as sentences."""
 
     def __post_init__(self) -> None:
         if len(self.index) != len(self.images) or (self.masks is not None and len(self.masks) != len(self.images)):
@@ -56,6 +67,14 @@ class MaskTable:
         """Return how errors call the row at `position`: its index value and the path of its image."""
         return f"row {self.index[position]} ({_source_name(self.images[position])})"
 
+    def image_name(self, position: int) -> str:
+        """Return the path of the image at `position`, or what it is in memory."""
+        return _source_name(self.images[position])
+
+    def mask_name(self, position: int) -> str:
+        """Return how errors call the mask of the row at `position`."""
+        return "no mask" if self.masks is None else _source_name(self.masks[position])
+
     def take(self, positions: Sequence[int] | NDArray[np.integer[Any]]) -> MaskTable:
         """Return the rows at `positions`, in that order, with their index values."""
         chosen = [int(position) for position in positions]
@@ -63,19 +82,10 @@ class MaskTable:
             images=tuple(self.images[i] for i in chosen),
             masks=None if self.masks is None else tuple(self.masks[i] for i in chosen),
             index=self.index.take(chosen),
+            groups=None if self.groups is None else tuple(self.groups[i] for i in chosen),
+            class_names=self.class_names,
+            notes=self.notes,
         )
-
-
-@dataclass(frozen=True)
-class RowCheck:
-    """What the check of a row found."""
-
-    size: tuple[int, int]
-    """Height and width in pixels."""
-    value_counts: dict[int, int]
-    """Each value of the mask, packed where it stores colours, and how many pixels have it; empty without a mask."""
-    encoding: MaskEncoding = NUMBERS
-    """How the mask stores its values."""
 
 
 def read_table(
@@ -85,38 +95,65 @@ def read_table(
     label_column: str = "label",
     base_dir: str | os.PathLike[str] | None = None,
     require_masks: bool = True,
+    group_column: str | None = None,
+    split: Sequence[str] = ("train",),
+    known: Mapping[int, str] | None = None,
 ) -> MaskTable:
     """Read a table of images and masks; no image is opened.
 
     Args:
-        data: A DataFrame whose cells are paths, arrays or Pillow images, or the path of a CSV file.
+        data: A DataFrame whose cells are paths, arrays or Pillow images, or the path of a CSV file; or of annotations,
+            whose masks are drawn when they are read.
         image_column: The column of images.
         label_column: The column of masks.
         base_dir: Where relative paths start; by default the folder of the CSV file, or for a DataFrame the
             current folder.
         require_masks: Whether a missing `label_column` is an error; if not, the table has no masks then.
+        group_column: The column that names the group of each row; None for no groups.
+        split: The parts of annotations that have some, of which the first one that is there is read.
+        known: The names by value that annotations have to agree with, and by which LabelMe's are numbered.
 
     Raises:
-        DataError: The CSV file cannot be read, a column is missing, there are no rows, or cells are empty.
+        DataError: The CSV file or the annotations cannot be read, a column is missing, there are no rows, cells are
+            empty, or the names of annotations contradict `known`.
 
     >>> frame = pd.DataFrame({"image": ["a.jpg"], "label": ["a.png"]}, index=[7])
     >>> read_table(frame, base_dir="data").row_name(0)
     'row 7 (data/a.jpg)'
     """
-    if isinstance(data, pd.DataFrame):
-        frame, called = data, "the DataFrame"
-    elif isinstance(data, (str, os.PathLike)):
-        frame, called = _read_csv(data, (image_column, label_column)), os.fspath(data)
-        base_dir = Path(data).parent if base_dir is None else base_dir
-    else:
-        raise DataError(f"a table of type {type(data).__name__}; pass a pandas DataFrame or the path of a CSV file")
-    if frame.empty:
-        raise DataError(f"{called} has no rows; give at least one image")
+    frame, called, base_dir = _frame_of(data, (image_column, label_column), base_dir, split, known)
     images = _column(frame, image_column, called, base_dir)
     masks = None
     if require_masks or label_column in frame.columns:
-        masks = _column(frame, label_column, called, base_dir)
-    return MaskTable(images=images, masks=masks, index=frame.index)
+        masks = _column(frame, label_column, called, base_dir, masks=True)
+    groups = None if group_column is None else _groups(frame, group_column, called)
+    names, notes = _class_names(frame, called), tuple(map(str, frame.attrs.get("notes", ())))
+    check_names(known or {}, names, called)
+    return MaskTable(images, masks, frame.index, groups=groups, class_names=names, notes=notes)
+
+
+def read_frame(
+    data: TableSource,
+    *,
+    image_column: str = "image",
+    label_column: str = "label",
+    base_dir: str | os.PathLike[str] | None = None,
+) -> pd.DataFrame:
+    """Return a table as a DataFrame with all its columns, to take rows from.
+
+    Relative paths of a CSV file are joined to its folder, which a DataFrame does not remember; with `base_dir`, which
+    its reader has to be told again, they stay as they are. A DataFrame is returned itself.
+
+    Raises:
+        DataError: As in :func:`read_table`; a missing column is found there.
+    """
+    frame, _, start = _frame_of(data, (image_column, label_column), base_dir)
+    if isinstance(data, pd.DataFrame) or base_dir is not None or start is None:
+        return frame
+    joined = frame.copy()
+    for column in {image_column, label_column} & set(frame.columns):
+        joined[column] = [cell if pd.isna(cell) else _resolved(cell, start) for cell in frame[column]]
+    return joined
 
 
 def read_images(
@@ -125,8 +162,8 @@ def read_images(
     """Read images to predict on, in any form, as a table without masks; no image is opened.
 
     Args:
-        source: A DataFrame or CSV file with `image_column`, a folder (its images by name, no subfolders), one
-            path, array or Pillow image, or a list or Series of them.
+        source: A DataFrame or CSV file with `image_column`, a folder (its images by name, no subfolders but
+            ``images``), annotations, one path, array or Pillow image, or a list or Series of them.
         image_column: The column of images of a DataFrame or CSV file.
         base_dir: Where relative paths start, as in :func:`read_table`.
 
@@ -144,6 +181,8 @@ def read_images(
         path = Path(_resolved(source, base_dir))
         if path.is_dir():
             return _of_folder(path)
+        if are_annotations(path):
+            return _without_masks(read_table(path, split=PREDICTED_SPLITS))
         if path.suffix.lower() == ".csv":
             inner = path.parent if base_dir is None else base_dir
             return _without_masks(read_table(path, image_column=image_column, base_dir=inner, require_masks=False))
@@ -166,78 +205,22 @@ def read_images(
     return MaskTable(images=_sources(items, index, "the list", base_dir), masks=None, index=index)
 
 
-def check_rows(table: MaskTable, *, workers: int | None = None, progress: bool = False) -> list[RowCheck]:
-    """Open every image and mask once and return what is in them, in the order of the table.
-
-    Args:
-        table: What to check; without masks only the images are opened.
-        workers: Threads; by default one for each processor this program may use.
-        progress: Whether to show a progress bar on the terminal.
+def stream_images(
+    images: Iterator[ImageSource], size: int, *, base_dir: str | os.PathLike[str] | None = None
+) -> Iterator[MaskTable]:
+    """Read images to predict from an iterator as tables of at most `size` rows, whose index counts on.
 
     Raises:
-        DataError: Rows cannot be used: a file is missing, unreadable or truncated, or a mask has another size
-            than its image. One error lists them all, the first 20 in full.
+        DataError: An item is no path, array or Pillow image.
+
+    >>> [list(table.index) for table in stream_images(iter(["a.jpg", "b.jpg", "c.jpg"]), 2)]
+    [[0, 1], [2]]
     """
-    results: list[RowCheck | str] = []
-    with ThreadPoolExecutor(workers or _processors()) as pool, _progress_bar(len(table), progress) as advance:
-        for result in pool.map(lambda position: _check_row(table, position), range(len(table))):
-            results.append(result)
-            advance()
-    problems = [result for result in results if isinstance(result, str)]
-    if problems:
-        more = len(problems) - _LISTED_PROBLEMS
-        rest = [f"... and {more} more rows"] if more > 0 else []
-        count = "1 row" if len(problems) == 1 else f"{len(problems)} rows"
-        raise DataError(
-            "\n- ".join(
-                [
-                    f"{count} of {len(table)} cannot be used; correct or remove:",
-                    *problems[:_LISTED_PROBLEMS],
-                    *rest,
-                ]
-            )
-        )
-    return [result for result in results if isinstance(result, RowCheck)]
-
-
-def split_holdout(
-    table: MaskTable, checks: Sequence[RowCheck], *, frac: float, seed: int
-) -> tuple[MaskTable, MaskTable]:
-    """Split a table into training and validation rows, the share of foreground alike in both.
-
-    Rows are ordered by the share of pixels that do not have the data set's most frequent value, cut into as
-    many runs as rows are held out, and one row of each run is drawn. So images without foreground, with
-    little and with much are all held out in proportion.
-
-    Args:
-        table: The rows to split.
-        checks: The result of :func:`check_rows` for them.
-        frac: The fraction to hold out, between 0 and 1; at least one row stays on either side.
-        seed: Of the drawing; equal seeds give equal splits.
-
-    Returns:
-        Training and validation table, each in the order of `table`.
-
-    Raises:
-        DataError: The table has fewer than two rows.
-        ConfigError: `frac` is not between 0 and 1.
-    """
-    if not 0 < frac < 1:
-        raise ConfigError(f"holdout_frac is {frac}; use a fraction above 0 and below 1")
-    if len(table) < 2:
-        raise DataError(
-            f"a table of {len(table)} row cannot be split into training and validation; add rows, "
-            "or give validation rows of their own as tuning_data="
-        )
-    if len(checks) != len(table):
-        raise DataError(f"{len(checks)} checks for {len(table)} rows; pass the result of check_rows for this table")
-    rng = np.random.default_rng(seed)
-    tiebreak = rng.permutation(len(table))
-    order = np.lexsort((tiebreak, _foreground_share(table, checks)))
-    held = min(max(1, round(frac * len(table))), len(table) - 1)
-    chosen = np.array([rng.choice(run) for run in np.array_split(order, held)])
-    kept = np.setdiff1d(np.arange(len(table)), chosen)
-    return table.take(kept), table.take(np.sort(chosen))
+    start = 0
+    while items := list(islice(images, size)):
+        index = pd.RangeIndex(start, start + len(items))
+        yield MaskTable(images=_sources(items, index, "the stream", base_dir), masks=None, index=index)
+        start += len(items)
 
 
 def _source_name(source: ImageSource) -> str:
@@ -245,7 +228,7 @@ def _source_name(source: ImageSource) -> str:
         return "array in memory"
     if isinstance(source, Image.Image):
         return "Pillow image in memory"
-    return os.fspath(source)
+    return source.name if isinstance(source, DrawnMask) else os.fspath(source)
 
 
 def _resolved(path: str | os.PathLike[str], base_dir: str | os.PathLike[str] | None) -> str:
@@ -265,9 +248,66 @@ def _read_csv(path: str | os.PathLike[str], text_columns: tuple[str, ...]) -> pd
         ) from error
 
 
+def _frame_of(
+    data: TableSource,
+    text_columns: tuple[str, str],
+    base_dir: str | os.PathLike[str] | None,
+    split: Sequence[str] = ("train",),
+    known: Mapping[int, str] | None = None,
+) -> tuple[pd.DataFrame, str, str | os.PathLike[str] | None]:
+    """Return a table as a DataFrame, how errors call it, and where its relative paths start."""
+    if isinstance(data, pd.DataFrame):
+        frame, called = data, "the DataFrame"
+    elif isinstance(data, (str, os.PathLike)) and are_annotations(data):
+        classes = None
+        if known and annotation_format(data) == "labelme":
+            classes = {name: value for value, name in known.items() if name != BACKGROUND}
+        frame, called = read_annotations(data, split=split, classes=classes), os.fspath(data)
+        frame, base_dir = frame.rename(columns=dict(zip(("image", "label"), text_columns, strict=True))), None
+    elif isinstance(data, (str, os.PathLike)):
+        frame, called = _read_csv(data, text_columns), os.fspath(data)
+        base_dir = Path(data).parent if base_dir is None else base_dir
+    else:
+        raise DataError(
+            f"a table of type {type(data).__name__}; pass a pandas DataFrame, or the path of a CSV file or annotations"
+        )
+    if frame.empty:
+        raise DataError(f"{called} has no rows; give at least one image")
+    return frame, called, base_dir
+
+
+def _class_names(frame: pd.DataFrame, called: str) -> dict[int, str]:
+    names = frame.attrs.get("class_names", {})
+    if not isinstance(names, Mapping) or not all(type(v) is int and isinstance(n, str) for v, n in names.items()):
+        raise DataError(
+            f"attrs['class_names'] of {called} is {str(names)[:80]}; read_annotations puts {{value: name}} there: "
+            "correct or remove it"
+        )
+    return dict(names)
+
+
+def _groups(frame: pd.DataFrame, column: str, called: str) -> tuple[Hashable, ...]:
+    cells = _cells(frame, column, called)
+    missing = cells.isna()
+    if missing.any():
+        rows = _rows([str(row) for row in frame.index[missing]])
+        raise DataError(
+            f"column {column!r} of {called} names no group in {rows}; give each row one, or leave out groups="
+        )
+    odd = [str(row) for row, cell in zip(frame.index, cells, strict=True) if not isinstance(cell, Hashable)]
+    if odd:
+        raise DataError(f"column {column!r} of {called} names no group in {_rows(odd)}; use texts or numbers")
+    return tuple(cells)
+
+
 def _column(
-    frame: pd.DataFrame, column: str, called: str, base_dir: str | os.PathLike[str] | None
+    frame: pd.DataFrame, column: str, called: str, base_dir: str | os.PathLike[str] | None, *, masks: bool = False
 ) -> tuple[ImageSource, ...]:
+    cells = list(_cells(frame, column, called))
+    return _sources(cells, frame.index, f"column {column!r} of {called}", base_dir, masks=masks)
+
+
+def _cells(frame: pd.DataFrame, column: str, called: str) -> pd.Series[Any]:
     if column not in frame.columns:
         present = [str(name) for name in frame.columns]
         raise DataError(
@@ -276,17 +316,22 @@ def _column(
     cells = frame[column]
     if isinstance(cells, pd.DataFrame):
         raise DataError(f"{called} has {cells.shape[1]} columns named {column!r}; rename all but one")
-    return _sources(list(cells), frame.index, f"column {column!r} of {called}", base_dir)
+    return cells
 
 
 def _sources(
-    cells: list[Any], index: pd.Index[Any], called: str, base_dir: str | os.PathLike[str] | None
+    cells: list[Any],
+    index: pd.Index[Any],
+    called: str,
+    base_dir: str | os.PathLike[str] | None,
+    *,
+    masks: bool = False,
 ) -> tuple[ImageSource, ...]:
     sources: list[ImageSource] = []
     empty: list[str] = []
     foreign: list[str] = []
     for row, cell in zip(index, cells, strict=True):
-        if isinstance(cell, (np.ndarray, Image.Image)):
+        if isinstance(cell, (np.ndarray, Image.Image)) or (masks and isinstance(cell, DrawnMask)):
             sources.append(cell)
         elif isinstance(cell, (str, os.PathLike)) and os.fspath(cell).strip():
             sources.append(_resolved(cell, base_dir))
@@ -312,67 +357,14 @@ def _without_masks(table: MaskTable) -> MaskTable:
 
 
 def _of_folder(folder: Path) -> MaskTable:
-    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.is_dir())
+    found = image_files(folder)
+    if not found and (folder / "images").is_dir():
+        found = image_files(folder / "images")
+        if not found:
+            return _without_masks(read_table(folder, split=PREDICTED_SPLITS))
     if not found:
         raise DataError(
             f"{folder}: no images in this folder (subfolders are not searched); the suffixes looked for are "
             f"{', '.join(sorted(SUFFIXES))}"
         )
     return MaskTable(images=tuple(map(str, found)), masks=None, index=pd.RangeIndex(len(found)))
-
-
-def _processors() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-@contextmanager
-def _progress_bar(total: int, shown: bool) -> Iterator[Callable[[], None]]:
-    if not shown:
-        yield lambda: None
-        return
-    from rich.progress import Progress
-
-    with Progress(transient=True) as bar:
-        task = bar.add_task("checking images", total=total)
-        yield lambda: bar.advance(task)
-
-
-def _check_row(table: MaskTable, position: int) -> RowCheck | str:
-    """Return what is in a row, or why it cannot be used."""
-    name = table.row_name(position)
-    try:
-        image = read_image(table.images[position], name=name)
-        size = image.shape[0], image.shape[1]
-        del image
-        if table.masks is None:
-            return RowCheck(size=size, value_counts={})
-        source = table.masks[position]
-        mask = read_stored_mask(source, name=name)
-    except DataError as error:
-        return str(error)
-    height, width = mask.pixels.shape[:2]
-    if (height, width) != size:
-        turned = " (turned: see the EXIF orientation of both)" if (width, height) == size else ""
-        return (
-            f"{name}, {_source_name(source)}: the mask is {height} x {width} pixels "
-            f"but the image {size[0]} x {size[1]} (height x width){turned}; make the sizes equal, or pair "
-            "the right files"
-        )
-    counts, encoding = mask.survey()
-    return RowCheck(size=size, value_counts=counts, encoding=encoding)
-
-
-def _foreground_share(table: MaskTable, checks: Sequence[RowCheck]) -> NDArray[np.float64]:
-    """Return for each row the share of pixels without the most frequent value of all rows, ``(N,)``."""
-    counts: list[Mapping[int, int]] = [check.value_counts for check in checks]
-    if any(check.encoding.colours for check in checks):
-        counts = [
-            check.encoding.as_colours(check.value_counts, table.row_name(row)) for row, check in enumerate(checks)
-        ]
-    pixels: Counter[int] = Counter()
-    for count in counts:
-        pixels.update(count)
-    common = pixels.most_common(1)[0][0] if pixels else 0
-    return np.array([1 - count.get(common, 0) / max(1, sum(count.values())) for count in counts])

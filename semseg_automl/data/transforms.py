@@ -5,6 +5,12 @@ input, flips, quarter turns, rotation, zoom, stretch, shift) is composed into on
 an image is interpolated once however many effects are on. Every random number comes from the generator of
 the caller.
 
+The effects are a few calls of OpenCV, the well-kept library here, and not one of augmentations. Albumentations has had
+no release or fix since June 2025, as its README says; its successor AlbumentationsX is under the AGPL 3 or a commercial
+licence. Kornia works on batches of float tensors of one size (``(B, C, H, W)``), so images would be resized before the
+random map samples them a second time. Of torchvision nothing is used: a build for another torch than the installed one
+does not import (:mod:`semseg_automl.third_party`).
+
 Not here: reading files (:mod:`semseg_automl.data.images`), class indices (:mod:`semseg_automl.task`),
 tensors for the network and their normalisation (the dataset and the model).
 """
@@ -51,6 +57,22 @@ class Geometry:
         if scores.ndim != 3:
             raise ValueError(f"scores have shape {tuple(scores.shape)}; pass the scores of one image, (C, h, w)")
         return F.interpolate(scores[None], size=self.original_size, mode="bilinear", align_corners=False)[0]
+
+    def undo_rows(self, scores: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Return rows `start` to `stop` of what :meth:`undo` gives, up to rounding, without the rest in memory.
+
+        Raises:
+            ValueError: as in :meth:`undo`.
+        """
+        if scores.ndim != 3:
+            raise ValueError(f"scores have shape {tuple(scores.shape)}; pass the scores of one image, (C, h, w)")
+        centres = torch.arange(start, stop, device=scores.device, dtype=torch.float32) + 0.5
+        position = (centres * (scores.shape[1] / self.original_size[0]) - 0.5).clamp(min=0)
+        upper = position.floor().long().clamp(max=scores.shape[1] - 1)
+        lower = (upper + 1).clamp(max=scores.shape[1] - 1)
+        rows = torch.lerp(scores[:, upper], scores[:, lower], (position - upper)[:, None].to(scores.dtype))
+        size = stop - start, self.original_size[1]
+        return F.interpolate(rows[None], size=size, mode="bilinear", align_corners=False)[0]
 
 
 @dataclass(frozen=True)

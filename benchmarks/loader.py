@@ -1,0 +1,188 @@
+"""What reading costs: ``python -m benchmarks.loader --data DATA [--train]``.
+
+DATA holds folders with a ``train.csv``. Our training loader, with horizontal flips as the only augmentation, takes
+turns with the loader one writes first: Pillow opens, converts and resizes, torchvision flips and makes tensors, in
+PyTorch's `DataLoader` with as many processes. The check of all rows takes turns with opening every file in Pillow and
+counting the mask's values. The first epoch decodes, later ones find decoded images in memory.
+
+Medians over rounds whose order alternates. Other programs on the machine slow both sides, so the ratios are what
+counts; threads, which ours uses where there are no loader processes, only help where a core is free.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from semseg_automl import SemanticSegmentor
+from semseg_automl.data.cache import ImageCache
+from semseg_automl.data.checks import check_rows
+from semseg_automl.data.dataset import MaskDataModule, MaskDataset
+from semseg_automl.data.table import MaskTable, read_table
+from semseg_automl.hardware import usable_cores
+from semseg_automl.task import SegmentationTask, infer_task
+from semseg_automl.third_party import make_torchvision_importable
+
+SIZE = (256, 256)
+BATCH = 8
+CACHE_BYTES = 2**30
+
+Speed = tuple[float, float]
+"""Images per second of the clock, and processor milliseconds per image (of loader processes: without theirs)."""
+
+
+class PlainDataset(Dataset[tuple[Tensor, Tensor]]):
+    """Image and mask as Pillow and torchvision give them, flipped at random."""
+
+    def __init__(self, table: MaskTable) -> None:
+        make_torchvision_importable()
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms import functional as transforms
+
+        self.images = [str(path) for path in table.images]
+        self.masks = [str(path) for path in table.masks or ()]
+        self.transforms = transforms
+        self.nearest = InterpolationMode.NEAREST
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        image: Any = self.transforms.resize(Image.open(self.images[row]).convert("RGB"), list(SIZE))
+        mask: Any = self.transforms.resize(Image.open(self.masks[row]), list(SIZE), self.nearest)
+        if random.random() < 0.5:
+            image, mask = self.transforms.hflip(image), self.transforms.hflip(mask)
+        return self.transforms.to_tensor(image), torch.from_numpy(np.array(mask)).long()
+
+
+def plain_check(table: MaskTable) -> None:
+    """Open every file and look at sizes and values, one after another."""
+    for image_path, mask_path in zip(table.images, table.masks or (), strict=True):
+        image, mask = np.asarray(Image.open(str(image_path)).convert("RGB")), np.asarray(Image.open(str(mask_path)))
+        if image.shape[:2] != mask.shape[:2]:
+            raise ValueError(f"{mask_path}: {mask.shape} beside {image.shape}")
+        np.unique(mask, return_counts=True)
+
+
+def timed(work: Callable[[], object]) -> tuple[float, float]:
+    """Return the seconds that `work` takes: of the clock, and of this process's processors, all threads together."""
+    wall, processor = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - wall, time.process_time() - processor
+
+
+def speeds(seconds: Mapping[str, Sequence[tuple[float, float]]], images: int) -> dict[str, Speed]:
+    """Return images per second of the clock, and processor milliseconds per image, by the medians of all rounds."""
+    found = {}
+    for name, rounds in seconds.items():
+        wall, processor = (statistics.median(column) for column in zip(*rounds, strict=True))
+        found[name] = images / wall, 1000 * processor / images
+    return found
+
+
+def our_loader(table: MaskTable, task: SegmentationTask, workers: int) -> DataLoader[Any]:
+    """Return the training loader of a new, empty cache."""
+    data = MaskDataset(table, task, SIZE, "flip", cache=ImageCache(len(table), CACHE_BYTES, shared=workers > 0))
+    return MaskDataModule(data, data, batch_size=BATCH, views=1, num_workers=workers, seed=0).train_dataloader()
+
+
+def exhaust(loader: Iterable[object]) -> None:
+    """Take every batch."""
+    for _ in loader:
+        pass
+
+
+def plain_loader(table: MaskTable, workers: int) -> DataLoader[Any]:
+    """Return the loader one writes first."""
+    data = PlainDataset(table)
+    return DataLoader(data, BATCH, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0)
+
+
+def measure_loader(table: MaskTable, task: SegmentationTask, workers: int, rounds: int) -> dict[str, Speed]:
+    """Time first epochs, which start the processes too, and second ones of new loaders."""
+    make = {"ours": lambda: our_loader(table, task, workers), "plain": lambda: plain_loader(table, workers)}
+    seconds: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for turn in range(rounds + 1):
+        for side in make if turn % 2 else reversed(make):
+            loader = make[side]()
+            for number in ("first", "later"):
+                taken = timed(partial(exhaust, loader))
+                if turn:  # the one before fills the system's file cache
+                    seconds[f"{side}, {number}"].append(taken)
+    return speeds(seconds, len(table) // BATCH * BATCH)
+
+
+def measure_check(table: MaskTable, rounds: int) -> dict[str, Speed]:
+    """Time the check of all rows against the plain one."""
+    sides: dict[str, Callable[[], object]] = {"ours": lambda: check_rows(table), "plain": lambda: plain_check(table)}
+    seconds: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for turn in range(rounds + 1):
+        for name in sides if turn % 2 else reversed(sides):
+            taken = timed(sides[name])
+            if turn:
+                seconds[name].append(taken)
+    return speeds(seconds, len(table))
+
+
+def measure_training(folder: Path, workers: int) -> float:
+    """Train the built-in encoder from scratch and return the median seconds of an epoch after the first."""
+    asked = {"env.num_workers": workers, "optim.max_epochs": 4, "env.micro_batch_size": BATCH, "env.batch_size": BATCH}
+    with tempfile.TemporaryDirectory() as path:
+        segmentor = SemanticSegmentor(path=path, hyperparameters=asked, verbosity=0)
+        segmentor.fit(folder / "train.csv", folder / "val.csv")
+    ends = segmentor.history_["seconds"].tolist()
+    return float(statistics.median(after - before for before, after in pairwise(ends)))
+
+
+def main() -> None:
+    """Measure and print a line of JSON per figure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--sets", nargs="+", default=["kvasir_polyp", "camvid"])
+    parser.add_argument("--workers", nargs="+", type=int, default=[0, 2])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--train", action="store_true", help="also train with each number of processes")
+    options = parser.parse_args()
+    print(json.dumps({"cores": usable_cores(), "torch_threads": torch.get_num_threads()}))
+    for name in options.sets:
+        table = read_table(options.data / name / "train.csv")
+        checks = check_rows(table)
+        task = infer_task([check.value_counts for check in checks], encodings=[check.encoding for check in checks])
+        for workers in options.workers:
+            report(name, f"loader, {workers} processes", measure_loader(table, task, workers, options.rounds))
+        report(name, "check", measure_check(table, options.rounds))
+        if options.train:
+            for workers in options.workers:
+                seconds = measure_training(options.data / name, workers)
+                print(json.dumps({"set": name, "epoch_seconds": round(seconds, 2), "processes": workers}), flush=True)
+
+
+def report(name: str, what: str, measured: Mapping[str, Speed]) -> None:
+    """Print how fast each side is, and how many times the plain side ours is."""
+    times = {}
+    for side, (per_second, milliseconds) in measured.items():
+        if side.startswith("ours"):
+            plain = measured[side.replace("ours", "plain")]
+            times[side] = {"clock": round(per_second / plain[0], 2), "processor": round(plain[1] / milliseconds, 2)}
+    figures = {side: [round(speed[0]), round(speed[1], 2)] for side, speed in measured.items()}
+    print(json.dumps({"set": name, "what": what, "per_second_and_ms": figures, "times_plain": times}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

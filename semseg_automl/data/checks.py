@@ -1,0 +1,155 @@
+"""The check of every row of a table: each file opened once, in threads, and everything that cannot be used listed.
+
+Not here: decoding files (:mod:`semseg_automl.data.images`), what else may be wrong with a data set
+(:mod:`semseg_automl.checking`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+from semseg_automl.data.encodings import NUMBERS, MaskEncoding
+from semseg_automl.data.images import read_image, read_stored_mask
+from semseg_automl.data.table import MaskTable
+from semseg_automl.errors import DataError
+
+LISTED_PROBLEMS = 20
+"""Rows that an error names in full."""
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class RowCheck:
+    """What the check of a row found."""
+
+    size: tuple[int, int]
+    """Height and width in pixels."""
+    value_counts: dict[int, int]
+    """Each value of the mask, packed where it stores colours, and how many pixels have it; empty without a mask."""
+    encoding: MaskEncoding = NUMBERS
+    """How the mask stores its values."""
+
+
+def check_rows(table: MaskTable, *, workers: int | None = None, progress: bool = False) -> list[RowCheck]:
+    """Open every image and mask once and return what is in them, in the order of the table.
+
+    Args:
+        table: What to check; without masks only the images are opened.
+        workers: Threads; by default one for each processor this program may use.
+        progress: Whether to show a progress bar on the terminal.
+
+    Raises:
+        DataError: Rows cannot be used: a file is missing, unreadable or truncated, or a mask has another size
+            than its image. One error lists them all, the first 20 in full.
+    """
+    results = _checked(table, workers=workers, progress=progress)
+    problems = [result for result in results if isinstance(result, str)]
+    if problems:
+        count = "1 row" if len(problems) == 1 else f"{len(problems)} rows"
+        raise DataError(listed(f"{count} of {len(table)} cannot be used; correct or remove:", problems))
+    return [result for result in results if isinstance(result, RowCheck)]
+
+
+def usable_rows(
+    table: MaskTable, *, workers: int | None = None, progress: bool = False
+) -> tuple[MaskTable, list[RowCheck], list[str]]:
+    """Leave the rows out that :func:`check_rows` would refuse.
+
+    Args:
+        table: As for :func:`check_rows`.
+        workers: As for :func:`check_rows`.
+        progress: As for :func:`check_rows`.
+
+    Returns:
+        The usable rows in the order of `table`, what is in each, and for each row left out its name and why.
+
+    Raises:
+        DataError: Fewer than two rows can be used; the error lists why the others cannot.
+    """
+    results = _checked(table, workers=workers, progress=progress)
+    dropped = [result for result in results if isinstance(result, str)]
+    kept = [position for position, result in enumerate(results) if isinstance(result, RowCheck)]
+    if dropped and len(kept) < 2:
+        raise DataError(
+            listed(f"{len(kept)} of {len(table)} rows can be used, and two are needed; correct:", dropped)
+        )
+    usable = table.take(kept) if dropped else table
+    return usable, [result for result in results if isinstance(result, RowCheck)], dropped
+
+
+def listed(head: str, problems: Sequence[str]) -> str:
+    """Return a heading and a line for each problem, the first 20 in full."""
+    more = len(problems) - LISTED_PROBLEMS
+    rest = [f"... and {more} more rows"] if more > 0 else []
+    return "\n- ".join([head, *problems[:LISTED_PROBLEMS], *rest])
+
+
+def each_row(
+    work: Callable[[int], Result], rows: int, *, workers: int | None, progress: bool, title: str = "checking images"
+) -> list[Result]:
+    """Return ``work(0)``, ``work(1)``, ... computed in threads; decoding leaves Python's lock free."""
+    results: list[Result] = []
+    with ThreadPoolExecutor(workers or _processors()) as pool, _progress_bar(rows, progress, title) as advance:
+        for result in pool.map(work, range(rows)):
+            results.append(result)
+            advance()
+    return results
+
+
+def size_mismatch(table: MaskTable, position: int, image: tuple[int, int], mask: tuple[int, int]) -> str | None:
+    """Return what is wrong where image and mask of a row have two sizes (height, width), else None."""
+    if image == mask:
+        return None
+    turned = " (turned: see the EXIF orientation of both)" if mask[::-1] == image else ""
+    return (
+        f"{table.row_name(position)}, {table.mask_name(position)}: the mask is {mask[0]} x {mask[1]} pixels "
+        f"but the image {image[0]} x {image[1]} (height x width){turned}; make the sizes equal, or pair "
+        "the right files"
+    )
+
+
+def _checked(table: MaskTable, *, workers: int | None, progress: bool) -> list[RowCheck | str]:
+    return each_row(lambda position: _check_row(table, position), len(table), workers=workers, progress=progress)
+
+
+def _check_row(table: MaskTable, position: int) -> RowCheck | str:
+    """Return what is in a row, or why it cannot be used."""
+    name = table.row_name(position)
+    try:
+        image = read_image(table.images[position], name=name)
+        size = image.shape[0], image.shape[1]
+        del image
+        if table.masks is None:
+            return RowCheck(size=size, value_counts={})
+        mask = read_stored_mask(table.masks[position], name=name)
+    except DataError as error:
+        return str(error)
+    wrong = size_mismatch(table, position, size, (mask.pixels.shape[0], mask.pixels.shape[1]))
+    if wrong is not None:
+        return wrong
+    counts, encoding = mask.survey()
+    return RowCheck(size=size, value_counts=counts, encoding=encoding)
+
+
+def _processors() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@contextmanager
+def _progress_bar(total: int, shown: bool, title: str) -> Iterator[Callable[[], None]]:
+    if not shown:
+        yield lambda: None
+        return
+    from rich.progress import Progress
+
+    with Progress(transient=True) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda: bar.advance(task)
