@@ -21,7 +21,9 @@ from torch import Tensor
 from semseg_automl.build import build_model
 from semseg_automl.errors import BundleError, ConfigError, SemsegError, check_known
 from semseg_automl.files import replaced
+from semseg_automl.models.layers import running_statistics
 from semseg_automl.models.segmentation_model import SegmentationModel
+from semseg_automl.peft import trainable_parameters
 from semseg_automl.peft.interchange import to_autogluon, write_hf_adapter
 from semseg_automl.plan import Plan
 from semseg_automl.task import SegmentationTask
@@ -145,9 +147,23 @@ def load_bundle(path: str | Path) -> Bundle:
 
 
 def _changing(model: SegmentationModel) -> set[str]:
-    """Return the names of what training changes: all but frozen parameters, so the statistics of batch norms too."""
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    return model.state_dict().keys() - frozen
+    """Return the names of what training changes."""
+    return trainable_parameters(model).keys() | running_statistics(model).keys()
+
+
+def read_plan(path: str | Path) -> Plan:
+    """Read a plan.yaml, perhaps one that was edited by hand.
+
+    Raises:
+        ConfigError: it cannot be read, or an entry is missing, unknown or of another type.
+    """
+    try:
+        return Plan.model_validate(_read_yaml(Path(path)))
+    except (OSError, BundleError) as error:
+        raise ConfigError(f"'{path}' cannot be read as a plan ({error}). Give a plan.yaml that fit wrote.") from error
+    except ValidationError as error:
+        problems = [f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors()]
+        raise ConfigError(f"'{path}' is no plan: {'; '.join(problems)}. Correct these entries.") from error
 
 
 def _check_shapes(folder: Path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:

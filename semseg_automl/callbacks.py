@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from semseg_automl.errors import TrainingError
+from semseg_automl.models.layers import running_statistics
 from semseg_automl.peft import trainable_parameters
 from semseg_automl.peft.usage import ExpertCounter
 from semseg_automl.plan import Plan
@@ -187,8 +188,7 @@ class WeightKeeper(lightning.Callback):
         on_epoch: Callable[[dict[str, float]], None],
     ) -> None:
         self.parameters = trainable_parameters(model)
-        stored = model.state_dict().keys()
-        self.statistics = {name: buffer for name, buffer in model.named_buffers() if name in stored}
+        self.statistics = running_statistics(model)
         self.plan = plan
         self.result = result
         self.usage = usage
@@ -220,7 +220,8 @@ class WeightKeeper(lightning.Callback):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Average on the device that trains."""
         start = self.average if self.steps else self.parameters.values()
-        self.average = [p.detach().clone().to(pl_module.device) for p in start]
+        devices = [p.device for p in self.parameters.values()]
+        self.average = [p.detach().clone().to(device) for p, device in zip(start, devices, strict=True)]
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int

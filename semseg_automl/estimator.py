@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from semseg_automl.bundle import load_bundle
+from semseg_automl.bundle import load_bundle, read_plan
 from semseg_automl.choosing import AUTO, choose_preset
 from semseg_automl.config import Config, flatten, load_config
 from semseg_automl.data.annotated import check_names
@@ -39,6 +39,13 @@ from semseg_automl.training import check_trainer_options
 
 KEPT_SETTINGS = ("label", "image", "eval_metric", "validation_metric")
 """Constructor arguments that a saved segmentor remembers."""
+
+PLANNED = {
+    "max_epochs": "optim.max_epochs",
+    "precision": "env.precision",
+    "gradient_clip_val": "optim.gradient_clip",
+}
+"""Options of Lightning's trainer that a plan decides, and the settings that they stand for."""
 
 MAX_HOLDOUT = 0.2
 """Share of the rows held out at most when none are given: a tenth, but ten rows at least, of small tables."""
@@ -111,6 +118,7 @@ class SemanticSegmentor(JudgedSegmentor):
         holdout_frac: float | None = None,
         groups: str | None = None,
         seed: int = 0,
+        plan: Plan | str | PathLike[str] | None = None,
         resume: bool = False,
         on_bad_rows: Literal["raise", "drop"] = "raise",
         dry_run: bool = False,
@@ -128,6 +136,8 @@ class SemanticSegmentor(JudgedSegmentor):
             holdout_frac: share of the rows to hold out without `tuning_data`.
             groups: column that names the group of each row, such as the patient; none is both trained and validated on.
             seed: of weights, order and augmentation.
+            plan: to run again, or the ``plan.yaml`` of a fit, perhaps edited; instead of presets, hyperparameters,
+                seed, time limit, epochs and precision, which it holds.
             resume: go on with the fit of the same plan and data that was cut off in the constructor's `path`, if there
                 is one; without a time limit, and on one processor type, to the very weights it would have had.
             on_bad_rows: "drop" leaves out rows whose files cannot be used, and names each of them.
@@ -147,6 +157,12 @@ class SemanticSegmentor(JudgedSegmentor):
         settings = check_trainer_options(trainer_options)
         if resume and self.path is None:
             raise ConfigError("resume=True needs the folder of the fit to go on with: SemanticSegmentor(path=...).")
+        decided = [presets, hyperparameters, self.hyperparameters, seed, time_limit, *map(settings.get, PLANNED)]
+        if plan is not None and any(decided):
+            raise ConfigError(
+                "plan= holds what presets, hyperparameters, seed, time_limit, epochs and precision would decide. "
+                "Edit the plan, or leave it out."
+            )
         chosen, config = self._config(presets, hyperparameters, holdout_frac, settings)
         self.dropped_rows_: list[str] = []
         table, checks = self._checked(self._read(train_data, groups, split=("train",), known={}), on_bad_rows)
@@ -160,8 +176,13 @@ class SemanticSegmentor(JudgedSegmentor):
             asked = config.data.holdout_frac
             frac = min(MAX_HOLDOUT, max(0.1, 10 / len(table))) if asked == "auto" else asked
             fit_table, validation = split_holdout(table, checks, frac=frac, seed=seed, task=self.task_)
-        plan = self._plan(config, checks, fit_table, seed=seed, time_limit=time_limit)
-        self.plan_ = plan.model_copy(update={"preset": chosen[0], "reasons": {"preset": chosen[1], **plan.reasons}})
+        if plan is None:
+            made = self._plan(config, checks, fit_table, seed=seed, time_limit=time_limit)
+            why = {"preset": chosen[1], **made.reasons}
+            self.plan_ = made.model_copy(update={"preset": chosen[0], "reasons": why})
+        else:
+            self.plan_ = self._given_plan(plan)
+            time_limit = self.plan_.time_limit
         self.classes_ = np.asarray(self.task_.labels)
         self._say(f"{self.task_}\n{self.plan_}" if dry_run else str(self.task_))
         if not dry_run:
@@ -212,12 +233,7 @@ class SemanticSegmentor(JudgedSegmentor):
         if self.problem_type != "semantic_segmentation":
             raise ConfigError(f"problem_type is '{self.problem_type}'; allowed: semantic_segmentation.")
         extra: dict[str, Any] = {} if holdout_frac is None else {"data.holdout_frac": holdout_frac}
-        planned = {
-            "max_epochs": "optim.max_epochs",
-            "precision": "env.precision",
-            "gradient_clip_val": "optim.gradient_clip",
-        }
-        for option, key in planned.items():
+        for option, key in PLANNED.items():
             if option in settings:
                 extra[key] = settings.pop(option)
         preset = presets or self.presets
@@ -259,6 +275,30 @@ class SemanticSegmentor(JudgedSegmentor):
         names = list(dict.fromkeys([plan.validation_metric, *self._metric_names(None)]))
         build_metrics(names, kind=self.task_.kind, num_classes=self.task_.num_classes)  # errors now, not after training
         return plan
+
+    def _given_plan(self, plan: Plan | str | PathLike[str]) -> Plan:
+        """Read a plan, and refuse one for masks of another kind.
+
+        Raises:
+            ConfigError: it cannot be read, does not fit the masks, or names an unknown metric.
+        """
+        given = plan if isinstance(plan, Plan) else read_plan(Path(plan))
+        options, task = given.decoder_options, self.task_
+        outputs = options.get("num_classes") or options.get("num_mask_tokens")
+        if outputs != task.num_scores:
+            raise ConfigError(
+                f"the plan is for masks of {outputs} scores, these masks have {task.num_scores} ({task.kind}, "
+                f"{task.num_classes} classes). Plan anew for them."
+            )
+        if given.batch_size % given.micro_batch_size:
+            raise ConfigError(
+                f"the plan's micro_batch_size is {given.micro_batch_size}; it must divide batch_size, "
+                f"{given.batch_size}."
+            )
+        if given.merged:
+            raise ConfigError("the plan is of a merged segmentor, which has nothing left to train. Set merged: false.")
+        build_metrics([given.validation_metric], kind=task.kind, num_classes=task.num_classes)
+        return given
 
     def _train(
         self,

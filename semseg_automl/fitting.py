@@ -138,7 +138,7 @@ class _Saver:
         self.saved = True
 
     def save_best(self, _: Weights) -> None:
-        """Write the best so far; a full disk is told, since the best weights are in memory too, and saved at the end."""
+        """Write the best so far; a full disk is only told: the weights are in memory too, and saved at the end."""
         try:
             self.save()
         except BundleError as error:

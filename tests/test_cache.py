@@ -172,7 +172,7 @@ class Peeking(np.ndarray[tuple[int, ...], np.dtype[np.uint8]]):
     cache: ImageCache
     seen: list[object]
 
-    def reshape(self, *shape: object, **options: object) -> NDArray[np.uint8]:
+    def reshape(self, *shape: object, **options: object) -> NDArray[np.uint8]:  # type: ignore[override]
         self.seen.append(self.cache.get(0))
         return np.asarray(self).reshape(-1)
 

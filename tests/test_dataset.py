@@ -56,7 +56,8 @@ def draw_module(rows: int = 5, budget: int = 0, **options: Any) -> MaskDataModul
     settings = {"batch_size": 2, "views": 3, "num_workers": 0, "seed": 4, **options}
     cache = ImageCache(2 * rows, budget, shared=settings["num_workers"] > 0) if budget else None
     train = replace(draw_dataset(rows, "strong"), cache=cache)
-    return MaskDataModule(train, replace(draw_dataset(rows), cache=cache, first_entry=rows), **settings)
+    held = replace(draw_dataset(rows), table=draw_table(rows).take(range(rows)[::-1]), cache=cache, first_entry=rows)
+    return MaskDataModule(train, held, **settings)
 
 
 def same(a: Sample, b: Sample) -> bool:

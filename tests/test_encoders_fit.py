@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from semseg_automl import plan as plan_module
 from semseg_automl.build import build_model
 from semseg_automl.data.synthetic import draw_dataset
 from semseg_automl.errors import CheckpointError, UnsupportedCombination
@@ -125,3 +127,17 @@ def test_fit__method_that_a_timm_network_cannot_take__names_those_it_can(folder:
     settings = {"model.encoder": "timm/resnet10t", "model.checkpoint": str(tmp_path / "net.pth"), "optim.peft": "lora"}
     with pytest.raises(UnsupportedCombination, match="decoder_only, bitfit, full"):
         fitted(folder, tmp_path / "run", **settings)
+
+
+def test_fit__batch_normalisation_trained_for_several_epochs__comes_back_with_its_statistics(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_module, "MIN_STEPS_PER_EPOCH", 2)
+    settings = {"model.encoder": "timm/resnet10t", "model.pretrained": False, "optim.max_epochs": 3, "optim.lr": 0.01}
+    segmentor = fitted(folder, tmp_path / "run", **settings, **{"optim.ema": 0.0})
+    loaded = SemanticSegmentor.load(tmp_path / "run")
+    image = (255 * np.random.default_rng(0).random((50, 70, 3))).astype(np.uint8)
+    np.testing.assert_array_equal(segmentor.predict_proba(image), loaded.predict_proba(image))
+    written = load_file(tmp_path / "run" / "trained.safetensors")
+    counted = [tensor for name, tensor in written.items() if name.endswith("num_batches_tracked")]
+    assert {int(count) for count in counted} == {3 * 2} or segmentor.fit_summary()["best_epoch"] < 2

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.base import clone
@@ -132,6 +133,51 @@ def test_fit__dry_run__decides_and_trains_nothing(binary: Path, tmp_path: Path) 
     assert not (tmp_path / "b").exists()
     with pytest.raises(NotFittedError):
         segmentor.predict(binary / "test.csv")
+
+
+def test_fit__plan_of_an_earlier_fit__learns_the_same(
+    fitted: SemanticSegmentor, binary: Path, tmp_path: Path
+) -> None:
+    again = SemanticSegmentor(path=tmp_path / "b", verbosity=0)
+    again.fit(binary / "train.csv", binary / "val.csv", plan=fitted.path_ / "plan.yaml")
+    assert again.plan_ == fitted.plan_
+    ours, theirs = (each.predict_proba(binary / "test.csv") for each in (again, fitted))
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("edit", "problem"),
+    [
+        ({"lr": "much"}, "lr: "),
+        ({"colour": 1}, "colour: "),
+        ({"micro_batch_size": 3}, "must divide batch_size, 4"),
+        ({"validation_metric": "iuo"}, "iuo"),
+        ({"decoder_options": {"num_mask_tokens": 4}}, "for masks of 4 scores, these masks have 1"),
+        ({"merged": True}, "nothing left to train"),
+    ],
+)
+def test_fit__plan_edited_badly__says_what_is_wrong(
+    fitted: SemanticSegmentor, binary: Path, tmp_path: Path, edit: dict[str, Any], problem: str
+) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(yaml.safe_dump(fitted.plan_.model_dump(mode="json") | edit))
+    with pytest.raises(ConfigError, match=problem):
+        SemanticSegmentor(verbosity=0).fit(binary / "train.csv", binary / "val.csv", plan=path, dry_run=True)
+
+
+def test_fit__plan_and_what_it_decides__is_refused(fitted: SemanticSegmentor, binary: Path, tmp_path: Path) -> None:
+    plain = SemanticSegmentor(verbosity=0)
+    for given in ({"presets": "fast"}, {"seed": 3}, {"time_limit": 5}, {"max_epochs": 2}):
+        with pytest.raises(ConfigError, match="plan= holds"):
+            plain.fit(binary / "train.csv", plan=fitted.plan_, dry_run=True, **given)
+    with pytest.raises(ConfigError, match="cannot be read as a plan"):
+        plain.fit(binary / "train.csv", plan=tmp_path / "absent.yaml", dry_run=True)
+
+
+def test_predict__series_of_paths__gives_a_mask_for_each(fitted: SemanticSegmentor, binary: Path) -> None:
+    images = frame_of(binary, "test")["image"]
+    assert len(fitted.predict(images)) == len(images)
 
 
 def test_fit__same_seed__gives_bit_identical_weights(binary: Path, tmp_path: Path) -> None:

@@ -55,8 +55,8 @@ THROUGH_THE_DOOR = {"lightning", "torchmetrics", "timm", "segment_anything"}
 # Package -> the modules that may import it at run time; others may name its types under TYPE_CHECKING.
 OWNERS = {
     "pandas": {
-        "data.table", "data.annotations", "estimator", "fitted", "report", "evaluation", "comparison", "strata", "review",
-        "judging", "checking", "check_page",
+        "data.table", "data.annotations", "estimator", "fitted", "report", "evaluation", "comparison", "strata",
+        "review", "judging", "checking", "check_page",
     },
     "lightning": {"training", "callbacks", "resume", "trackers", "data.dataset"},
     "timm": {"models.timm_encoder"},

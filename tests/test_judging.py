@@ -159,7 +159,8 @@ def test_find_label_issues__caller_index__ranks_all_masks(either: tuple[Semantic
     assert sorted(found.index) == sorted(frame.index)
     assert found["score"].is_monotonic_decreasing
     assert found["score"].between(0, 1).all()
-    agreeing = frame.assign(label=[np.array(mask) for mask in segmentor.predict(frame)])
+    masks: Any = [np.array(mask) for mask in segmentor.predict(frame)]
+    agreeing = frame.assign(label=masks)
     assert (segmentor.find_label_issues(agreeing)["pixels"] == 0).all()
 
 
@@ -232,9 +233,10 @@ def test_evaluate__by_with_unusable_arguments__raises(binary: tuple[Path, Path])
         segmentor.evaluate(frame, by="object_sise")
     with pytest.raises(ConfigError, match="figures of its own"):
         segmentor.evaluate(frame, "iou", by="class")
-    for form in ("intervals", "return_per_image"):
+    forms: list[dict[str, Any]] = [{"intervals": True}, {"return_per_image": True}]
+    for form in forms:
         with pytest.raises(ConfigError, match="by gives a table of its own"):
-            segmentor.evaluate(frame, by="object_size", **{form: True})
+            segmentor.evaluate(frame, by="object_size", **form)
 
 
 def test_evaluate__metric_size_model__scores_the_input_square(binary: tuple[Path, Path]) -> None:

@@ -104,7 +104,7 @@ def test_stratified__column__has_the_figures_of_each_part_alone() -> None:
         image_of([[0, 1]], [[255, 255]]),
     ]
     frame = pd.DataFrame({"site": ["x", "x", "y", "y"]})
-    found = stratified(images, frame, BINARY, by="site", metrics=["iou", "iou_pooled"])
+    found: Any = stratified(images, frame, BINARY, by="site", metrics=["iou", "iou_pooled"])
     assert found.index.names == ["site", "figure"]
     assert found.columns.tolist() == ["images", "value", "low", "high"]
     assert found.loc[("x", "iou"), ["images", "value"]].tolist() == [2, 0.75]
@@ -114,16 +114,16 @@ def test_stratified__column__has_the_figures_of_each_part_alone() -> None:
     # The last image has no labelled pixel and does not count, and one image has no interval.
     assert found.loc[("y", "iou"), ["images", "value"]].tolist() == [1, 0]
     assert math.isnan(found.loc[("y", "iou"), "low"])
-    whole = stratified(images, frame.assign(site="all"), BINARY, by="site", metrics=["iou"])
+    whole: Any = stratified(images, frame.assign(site="all"), BINARY, by="site", metrics=["iou"])
     assert whole.loc[("all", "iou"), ["images", "value"]].tolist() == [3, 0.5]
 
 
 def test_stratified__column_named_like_a_built_in__is_meant() -> None:
     images = [image_of([[0, 1]], [[0, 1]]), image_of([[1, 1]], [[0, 1]])]
     frame = pd.DataFrame({"class": ["cat", "dog"]})
-    found = stratified(images, frame, BINARY, by="class", metrics=["iou"])
+    found: Any = stratified(images, frame, BINARY, by="class", metrics=["iou"])
     assert found["value"].to_dict() == {("cat", "iou"): 1.0, ("dog", "iou"): 0.5}
-    built_in = stratified(images, frame.drop(columns="class"), BINARY, by="class", metrics=["iou"])
+    built_in: Any = stratified(images, frame.drop(columns="class"), BINARY, by="class", metrics=["iou"])
     assert built_in.index.get_level_values("class").unique().tolist() == ["background", "polyp"]
 
 
@@ -144,7 +144,7 @@ def test_stratified__object_size__thirds_of_images_with_objects() -> None:
         if area < 3:
             labels[3, 3] = 1
         images.append((labels[None].float(), labels, target))
-    found = stratified(images, pd.DataFrame(index=range(7)), BINARY, by="object_size", metrics=["iou"])
+    found: Any = stratified(images, pd.DataFrame(index=range(7)), BINARY, by="object_size", metrics=["iou"])
     assert found["images"].to_dict() == {
         ("small", "iou"): 2,
         ("medium", "iou"): 2,
@@ -156,7 +156,7 @@ def test_stratified__object_size__thirds_of_images_with_objects() -> None:
 
 def test_stratified__no_object_at_all__is_one_stratum() -> None:
     images = [image_of([[0, 0]], [[0, 0]])] * 2
-    found = stratified(images, pd.DataFrame(index=range(2)), BINARY, by="object_size", metrics=["iou"])
+    found: Any = stratified(images, pd.DataFrame(index=range(2)), BINARY, by="object_size", metrics=["iou"])
     assert found["value"].to_dict() == {("no object", "iou"): 1.0}
 
 
@@ -185,7 +185,7 @@ def test_stratified__boundary_distance__error_rates_by_hand() -> None:
     void = target.clone()
     void[0, :] = 255
     images = [(labels[None].float(), labels, target), (labels[None].float(), labels, void)]
-    found = stratified(images, pd.DataFrame(index=range(2)), BINARY, by="boundary_distance", metrics=["iou"])
+    found: Any = stratified(images, pd.DataFrame(index=range(2)), BINARY, by="boundary_distance", metrics=["iou"])
     rates, pixels = (found.xs(figure, level="figure") for figure in ("error_rate", "pixels"))
     assert rates.index.tolist() == list(DISTANCE_NAMES)
     assert pixels["value"].tolist() == [4, 6, 10, 20, 24]
@@ -195,7 +195,7 @@ def test_stratified__boundary_distance__error_rates_by_hand() -> None:
 
 def test_stratified__boundary_distance_of_one_class__is_all_far() -> None:
     images = [image_of([[0, 1, 0]], [[0, 0, 255]])] * 2
-    found = stratified(images, pd.DataFrame(index=range(2)), BINARY, by="boundary_distance", metrics=["iou"])
+    found: Any = stratified(images, pd.DataFrame(index=range(2)), BINARY, by="boundary_distance", metrics=["iou"])
     rates = found.xs("error_rate", level="figure")
     assert rates.loc[">20 px"].tolist() == [2, 0.5, 0.5, 0.5]
     assert rates["value"].drop(">20 px").isna().all()
@@ -207,7 +207,7 @@ def test_stratified__class__figures_by_hand() -> None:
         image_of([[0, 1, 1, 0]], [[0, 1, 0, 255]], THREE),
         image_of([[0, 0, 1, 2]], [[0, 1, 1, 255]], THREE),
     ]
-    found = stratified(images, pd.DataFrame(index=range(2)), THREE, by="class", metrics=["miou"])
+    found: Any = stratified(images, pd.DataFrame(index=range(2)), THREE, by="class", metrics=["miou"])
     values = found["value"].unstack()
     assert values.index.tolist() == ["car", "road", "sky"]
     assert values.loc["road", ["iou", "dice", "precision", "recall", "support"]].tolist() == pytest.approx(
@@ -223,7 +223,7 @@ def test_stratified__class__figures_by_hand() -> None:
 
 def test_stratified__class_of_a_binary_task__has_both_classes() -> None:
     images = [image_of([[0, 1, 1, 0]], [[0, 1, 0, 0]])] * 2
-    found = stratified(images, pd.DataFrame(index=range(2)), BINARY, by="class", metrics=["iou"])["value"]
+    found: Any = stratified(images, pd.DataFrame(index=range(2)), BINARY, by="class", metrics=["iou"])["value"]
     assert found[("background", "iou")] == pytest.approx(2 / 3)
     assert found[("polyp", "precision")] == 0.5
     assert found[("polyp", "recall")] == 1.0

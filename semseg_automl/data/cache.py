@@ -3,9 +3,9 @@
 Without loader processes the decoded arrays themselves are kept. With them, what one process has decoded every other
 finds: one mapping of anonymous shared memory, made before they are forked. It needs no file and no room in ``/dev/shm``
 (64 MB in a container unless asked otherwise), costs nothing until it is written, and is gone with the last process.
-Copying into it costs about as much as decoding a mask, most of it for fresh pages, which is why it is not used where
-there is one process (``python -m benchmarks.loader``). Where processes are not forked (the default on macOS and
-Windows, and from Python 3.14 on everywhere) each keeps its own share of the budget.
+Copying into it makes a first visit about a sixth dearer, so that it is not used where there is one process. Where
+processes are not forked (the default on macOS and Windows, and from Python 3.14 on everywhere) each keeps its own share
+of the budget.
 
 Not here: reading files (:mod:`semseg_automl.data.images`), how large the budget is (:mod:`semseg_automl.capacity`).
 """

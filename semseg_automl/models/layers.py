@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from torch.nn.modules.batchnorm import _BatchNorm
 
 PLAIN_ATTENTION_TOKENS = 512
 
@@ -60,3 +61,17 @@ def interpolate_position(embedding: Tensor, size: Sequence[int]) -> Tensor:
         return embedding
     resized = F.interpolate(embedding.permute(0, 3, 1, 2), size=tuple(size), mode="bicubic", align_corners=False)
     return resized.permute(0, 2, 3, 1)
+
+
+def running_statistics(network: nn.Module) -> dict[str, Tensor]:
+    """Return by name what a network's batch normalisation counts while it trains: no gradient, but not frozen.
+
+    >>> sorted(running_statistics(nn.Sequential(nn.BatchNorm2d(3), nn.Linear(2, 2))))
+    ['0.num_batches_tracked', '0.running_mean', '0.running_var']
+    """
+    return {
+        f"{name}.{key}" if name else key: buffer
+        for name, module in network.named_modules()
+        if isinstance(module, _BatchNorm)
+        for key, buffer in module.named_buffers(recurse=False)
+    }
