@@ -4,7 +4,7 @@
     python -m benchmarks.experts table
 
 Each run fits Conv-LoRA as `benchmarks.study` does and scores the test images three times: as fitted; with every sample
-sent to the expert after the one the gate chose; and with the kernels and biases of all experts set to zero, which leaves
+sent to the expert after the one the gate chose; and with kernels and biases of the experts set to zero, which leaves
 plain LoRA. A row per run is appended to ``--out``; what is there is not run again.
 """
 
@@ -128,9 +128,9 @@ def table(rows: pd.DataFrame) -> str:
         return f"{values.mean():{sign}.3f} ± {values.sem():.3f}"
 
     for key, group in rows.groupby(["set", "method", "steps"]):
-        cells = [*key, len(group), spread(group["iou"])]
-        cells += [spread(group[column] - group["iou"], "+") for column in ("iou_without", "iou_other")]
-        lines.append(f"| {' | '.join(map(str, cells))} | {group['share'].mean():.2f} |")
+        losses = [spread(group[column] - group["iou"], "+") for column in ("iou_without", "iou_other")]
+        cells = [*map(str, (*key, len(group))), spread(group["iou"]), *losses, f"{group['share'].mean():.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -157,32 +157,19 @@ class SemanticSegmentor(JudgedSegmentor):
         settings = check_trainer_options(trainer_options)
         if resume and self.path is None:
             raise ConfigError("resume=True needs the folder of the fit to go on with: SemanticSegmentor(path=...).")
-        decided = [presets, hyperparameters, self.hyperparameters, seed, time_limit, *map(settings.get, PLANNED)]
-        if plan is not None and any(decided):
-            raise ConfigError(
-                "plan= holds what presets, hyperparameters, seed, time_limit, epochs and precision would decide. "
-                "Edit the plan, or leave it out."
-            )
+        given = None if plan is None else plan if isinstance(plan, Plan) else read_plan(Path(plan))
+        if given is not None:
+            decided = [presets, hyperparameters, self.hyperparameters, seed, time_limit, *map(settings.get, PLANNED)]
+            seed, time_limit = _planned(given, decided)
         chosen, config = self._config(presets, hyperparameters, holdout_frac, settings)
-        self.dropped_rows_: list[str] = []
-        table, checks = self._checked(self._read(train_data, groups, split=("train",), known={}), on_bad_rows)
-        if tuning_data is not None:
-            held = self._read(tuning_data, groups, split=("val",), known=table.class_names)
-            fit_table, (validation, more) = table, self._checked(held, on_bad_rows)
-            check_groups_apart(fit_table, validation)
-            checks = [*checks, *more]
-        self.task_ = self._infer(table, checks)
-        if tuning_data is None:
-            asked = config.data.holdout_frac
-            frac = min(MAX_HOLDOUT, max(0.1, 10 / len(table))) if asked == "auto" else asked
-            fit_table, validation = split_holdout(table, checks, frac=frac, seed=seed, task=self.task_)
-        if plan is None:
+        fit_table, validation, checks = self._tables(train_data, tuning_data, groups, on_bad_rows, config, seed)
+        if given is None:
             made = self._plan(config, checks, fit_table, seed=seed, time_limit=time_limit)
             why = {"preset": chosen[1], **made.reasons}
             self.plan_ = made.model_copy(update={"preset": chosen[0], "reasons": why})
         else:
-            self.plan_ = self._given_plan(plan)
-            time_limit = self.plan_.time_limit
+            self._check_plan(given)
+            self.plan_ = given
         self.classes_ = np.asarray(self.task_.labels)
         self._say(f"{self.task_}\n{self.plan_}" if dry_run else str(self.task_))
         if not dry_run:
@@ -190,6 +177,29 @@ class SemanticSegmentor(JudgedSegmentor):
             data = fingerprint(self.task_, checks, validation_rows=len(validation))
             self._train(fit_table, validation, data, deadline, settings, resume, config.env.state_seconds)
         return self
+
+    def _tables(
+        self,
+        train_data: Table,
+        tuning_data: Table | None,
+        groups: str | None,
+        on_bad_rows: str,
+        config: Config,
+        seed: int,
+    ) -> tuple[MaskTable, MaskTable, list[RowCheck]]:
+        """Read and check training and validation rows, and infer the task on the way; also return what was found."""
+        self.dropped_rows_: list[str] = []
+        table, checks = self._checked(self._read(train_data, groups, split=("train",), known={}), on_bad_rows)
+        if tuning_data is None:
+            self.task_ = self._infer(table, checks)
+            asked = config.data.holdout_frac
+            frac = min(MAX_HOLDOUT, max(0.1, 10 / len(table))) if asked == "auto" else asked
+            return *split_holdout(table, checks, frac=frac, seed=seed, task=self.task_), checks
+        held = self._read(tuning_data, groups, split=("val",), known=table.class_names)
+        validation, more = self._checked(held, on_bad_rows)
+        check_groups_apart(table, validation)
+        self.task_ = self._infer(table, [*checks, *more])
+        return table, validation, [*checks, *more]
 
     def _infer(self, table: MaskTable, checks: Sequence[RowCheck]) -> SegmentationTask:
         """Infer the task; the class names of annotations count where the constructor has none."""
@@ -276,13 +286,12 @@ class SemanticSegmentor(JudgedSegmentor):
         build_metrics(names, kind=self.task_.kind, num_classes=self.task_.num_classes)  # errors now, not after training
         return plan
 
-    def _given_plan(self, plan: Plan | str | PathLike[str]) -> Plan:
-        """Read a plan, and refuse one for masks of another kind.
+    def _check_plan(self, given: Plan) -> None:
+        """Refuse a plan for masks of another kind.
 
         Raises:
-            ConfigError: it cannot be read, does not fit the masks, or names an unknown metric.
+            ConfigError: it does not fit the masks, or names an unknown metric.
         """
-        given = plan if isinstance(plan, Plan) else read_plan(Path(plan))
         options, task = given.decoder_options, self.task_
         outputs = options.get("num_classes") or options.get("num_mask_tokens")
         if outputs != task.num_scores:
@@ -298,7 +307,6 @@ class SemanticSegmentor(JudgedSegmentor):
         if given.merged:
             raise ConfigError("the plan is of a merged segmentor, which has nothing left to train. Set merged: false.")
         build_metrics([given.validation_metric], kind=task.kind, num_classes=task.num_classes)
-        return given
 
     def _train(
         self,
@@ -351,3 +359,17 @@ class SemanticSegmentor(JudgedSegmentor):
         segmentor.path_ = Path(path)
         segmentor._adopt(bundle)
         return segmentor
+
+
+def _planned(given: Plan, decided: Sequence[Any]) -> tuple[int, float | None]:
+    """Return seed and time limit of a given plan.
+
+    Raises:
+        ConfigError: something that a plan decides is asked for beside it.
+    """
+    if any(decided):
+        raise ConfigError(
+            "plan= holds what presets, hyperparameters, seed, time_limit, epochs and precision would decide. "
+            "Edit the plan, or leave it out."
+        )
+    return given.seed, given.time_limit

@@ -97,9 +97,7 @@ def fit_bundle(
         "trainer_options": {"default_root_dir": str(folder), "logger": True, **(trainer_options or {})},
         "progress_bar": progress_bar,
     }
-    _train_within_memory(
-        bundle, tables, result, states, state, say=say, state_seconds=state_seconds, options=options
-    )
+    _train_within_memory(bundle, tables, result, states, state, say=say, state_seconds=state_seconds, options=options)
     saver.save()
     if result.stopped_by != "interrupt":  # that one may be gone on with
         end_run(states)
@@ -107,10 +105,14 @@ def fit_bundle(
         f"stopped by {result.stopped_by}; best {plan.validation_metric} {result.best_score:.4f} in epoch "
         f"{result.best_epoch}; saved in {folder}"
     )
-    if result.expert_usage:
-        say(usage_summary(result.expert_usage))
-    save_expert_usage(folder, result.expert_usage)
+    _tell_experts(folder, result.expert_usage, say)
     return bundle
+
+
+def _tell_experts(folder: Path, usage: Mapping[str, Sequence[int]], say: Callable[[str], None]) -> None:
+    if usage:
+        say(usage_summary(usage))
+    save_expert_usage(folder, usage)
 
 
 @dataclass

@@ -140,4 +140,4 @@ def test_fit__batch_normalisation_trained_for_several_epochs__comes_back_with_it
     np.testing.assert_array_equal(segmentor.predict_proba(image), loaded.predict_proba(image))
     written = load_file(tmp_path / "run" / "trained.safetensors")
     counted = [tensor for name, tensor in written.items() if name.endswith("num_batches_tracked")]
-    assert {int(count) for count in counted} == {3 * 2} or segmentor.fit_summary()["best_epoch"] < 2
+    assert {int(count) for count in counted} == {3 * (segmentor.fit_summary()["best_epoch"] + 1)}

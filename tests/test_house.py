@@ -23,14 +23,16 @@ PACKAGE = "semseg_automl"
 # below the estimator, and cli and demo above it, as calls go.
 LAYERS = [
     "version errors third_party data",
-    "files data.colours data.completeness data.npy data.rle data.drawn data.duplicates data.cache tiling matching hardware",
+    "files data.colours data.completeness data.npy data.rle data.drawn data.duplicates data.cache",
+    "tiling matching hardware",
     "data.images data.encodings data.objects data.modes data.palettes",
     "class_values data.pooling data.listing data.annotated data.coco data.yolo data.labelme data.pairs",
     "data.annotations",
     "models task config saliency",
     "confusion weighted_f",
     "boundaries",
-    "capacity choosing peft losses metrics data.table data.checks data.survey data.transforms data.crops data.synthetic",
+    "capacity choosing peft losses metrics",
+    "data.table data.checks data.survey data.transforms data.crops data.synthetic",
     "data.dataset data.splits adaptation framing uncertainty calibration fingerprint report",
     "plan findings strata review report_charts",
     "build features callbacks memory",
