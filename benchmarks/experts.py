@@ -18,8 +18,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -124,12 +126,16 @@ def table(rows: pd.DataFrame) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
 
-    def spread(values: pd.Series[float], sign: str = "") -> str:
-        return f"{values.mean():{sign}.3f} ± {values.sem():.3f}"
+    def spread(values: NDArray[np.float64], sign: str = "") -> str:
+        error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        return f"{values.mean():{sign}.3f} ± {error:.3f}"
 
-    for key, group in rows.groupby(["set", "method", "steps"]):
-        losses = [spread(group[column] - group["iou"], "+") for column in ("iou_without", "iou_other")]
-        cells = [*map(str, (*key, len(group))), spread(group["iou"]), *losses, f"{group['share'].mean():.2f}"]
+    for _, group in rows.groupby(["set", "method", "steps"]):
+        first: dict[Any, Any] = group.iloc[0].to_dict()
+        iou = group["iou"].to_numpy(float)
+        losses = [spread(group[column].to_numpy(float) - iou, "+") for column in ("iou_without", "iou_other")]
+        key = [first["set"], first["method"], str(first["steps"]), str(len(group))]
+        cells = [*key, spread(iou), *losses, f"{group['share'].mean():.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
