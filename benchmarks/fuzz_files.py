@@ -68,7 +68,7 @@ SIGNATURES = {
 
 # Height and width that no file of ours can fill. The first is allowed by its pixels; the last is one row in BMP, where
 # it is -1, and may be that few in JPEG.
-HUGE = ((10_000, 16_000), (60_000, 60_000), (65_535, 65_535), (2**31 - 1, 2**31 - 1), (2**32 - 1, 1))
+HUGE = ((8_000, 11_000), (60_000, 60_000), (65_535, 65_535), (2**31 - 1, 2**31 - 1), (2**32 - 1, 1))
 
 
 def drawn_seeds(rng: Rng) -> list[Seed]:
@@ -192,7 +192,8 @@ def _odd_name(rng: Rng, seed: Seed, path: str, seeds: list[Seed]) -> Made:
 
 
 def _impossible_name(rng: Rng, seed: Seed, path: str, seeds: list[Seed]) -> Made:
-    return str(rng.choice([f"{path[:-4]}\0.png", f"{path}{'x' * 300}", f"{path}/below.png", "\udcff/gone.png"])), "refused"
+    paths = [f"{path[:-4]}\0.png", f"{path}{'x' * 300}", f"{path}/below.png", "\udcff/gone.png"]
+    return str(rng.choice(paths)), "refused"
 
 
 def _truncated(rng: Rng, seed: Seed, seeds: list[Seed]) -> tuple[bytes, Verdict]:
@@ -275,6 +276,26 @@ def _set_webp_size(data: bytearray, height: int, width: int) -> None:
     elif lossless > 0:
         (bits,) = struct.unpack_from("<I", data, lossless + 9)
         struct.pack_into("<I", data, lossless + 9, bits & ~0xFFFFFFF | width - 1 | height - 1 << 14)
+
+
+def _taller(rng: Rng, seed: Seed, seeds: list[Seed]) -> tuple[bytes, Verdict]:
+    """Say in the header that there are a few rows more than there are."""
+    data = bytearray(seed.data)
+    if seed.format == "png":
+        data[20:24] = (int.from_bytes(data[20:24], "big") + int(rng.integers(1, 40))).to_bytes(4, "big")
+        data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+        return bytes(data), "refused"
+    if seed.format == "bmp":
+        struct.pack_into("<i", data, 22, struct.unpack_from("<i", data, 22)[0] + int(rng.integers(1, 40)))
+        return bytes(data), "refused"
+    if seed.format == "jpeg":  # nobody can tell without decoding the Huffman codes
+        place = _frame_of_jpeg(seed.data) + 5
+        height = int.from_bytes(data[place : place + 2], "big") + int(rng.integers(1, 40))
+        data[place : place + 2] = height.to_bytes(2, "big")
+        return bytes(data), "any"
+    if seed.format == "npy":
+        return seed.data.replace(b"(24,", b"(25,", 1), "refused"
+    return seed.data[:-1], "same or refused"
 
 
 def _channels(rng: Rng, seed: Seed, seeds: list[Seed]) -> tuple[bytes, Verdict]:
@@ -385,6 +406,7 @@ KINDS: dict[str, Spoil] = {
     "header overwritten": _of_bytes(_noisy_header),
     "wrong header": _of_bytes(_wrong_header),
     "huge size in header": _of_bytes(_huge),
+    "too tall in header": _of_bytes(_taller),
     "wrong channels": _of_bytes(_channels),
     "npy header": _of_bytes(_npy_header),
     "PNG chunks": _of_bytes(_png_chunks),

@@ -209,7 +209,11 @@ def _card(card: Card, task: SegmentationTask | None) -> str:
     return f'<div class="card">{head}<div class="views">{"".join(figures)}</div></div>'
 
 
+def plain_text(value: object) -> str:
+    """Return text that can be printed: control characters, and bytes of a file name that are no text, become a box."""
+    return "".join(c if c == "\n" or not unicodedata.category(c).startswith("C") else "\ufffd" for c in str(value))
+
+
 def _text(value: object) -> str:
-    """Return text that is only text in HTML; control characters of a file name are shown as a box."""
-    plain = "".join(c if c == "\n" or not unicodedata.category(c).startswith("C") else "\ufffd" for c in str(value))
-    return html.escape(plain, quote=True)
+    """Return text that is only text in HTML."""
+    return html.escape(plain_text(value), quote=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from semseg_automl.check_page import Card, Page, PageTable, View, write_page
+from semseg_automl.check_page import Card, Page, PageTable, View, plain_text, write_page
 from semseg_automl.config import load_config
 from semseg_automl.data.checks import each_row
 from semseg_automl.data.images import read_mask
@@ -103,7 +103,7 @@ class DataReport:
             parts += [f"  {message}" for message in messages[:LISTED_IN_TEXT]]
             more = len(messages) - LISTED_IN_TEXT
             parts += [f"  ... and {more} more"] if more > 0 else []
-        return "\n".join([*parts, "", self._verdict()])
+        return plain_text("\n".join([*parts, "", self._verdict()]))
 
     def write_html(self, path: str | os.PathLike[str]) -> Path:
         """Write the report as one HTML page with pictures of the rows in question; it needs no network.

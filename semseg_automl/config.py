@@ -163,6 +163,9 @@ class DataConfig(_Section):
         "auto", description="Strength of the joint augmentation of image and mask."
     )
     holdout_frac: Auto | float = Field("auto", description="Share of the rows kept for validation if none are given.")
+    mirrored: bool = Field(
+        False, description="Average predictions with those of the mirrored image, in twice the time."
+    )
     cached_views: PositiveInt = Field(
         4, description="Augmented views per image that repeat, where features are cached; fresh ones every time if not."
     )

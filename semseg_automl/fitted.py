@@ -93,6 +93,7 @@ class FittedSegmentor(BaseEstimator):  # type: ignore[misc]
             device,
             temperature=self.temperature_,
             tile=bundle.plan.tile,
+            mirrored=bundle.plan.mirrored,
         )
 
     def evaluate(

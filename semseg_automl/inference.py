@@ -59,6 +59,7 @@ class Predictor:
         device: where the network is.
         temperature: what the logits of all scores are divided by; `semseg_automl.calibration.tempered`.
         tile: height and width, in an image's own pixels, of the tiles it is seen in; None for whole images.
+        mirrored: average the scores with those of the mirrored image, at twice the time.
     """
 
     model: SegmentationModel
@@ -67,6 +68,7 @@ class Predictor:
     device: torch.device
     temperature: float = 1.0
     tile: Size | None = None
+    mirrored: bool = False
 
     def scores(
         self, table: MaskTable, *, on_error: OnError = "raise", size: MetricSize = "original"
@@ -180,8 +182,11 @@ class Predictor:
         """Return the scores ``(B, C, h, w)`` of images ``(h, w, 3)`` of the input size."""
         if not inputs:
             return ()
-        batch = torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image in inputs])
-        return semantic_scores(self.model(batch.to(self.device)), self.input_size)
+        batch = torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image in inputs]).to(self.device)
+        scores = semantic_scores(self.model(batch), self.input_size)
+        if self.mirrored:
+            scores = (scores + semantic_scores(self.model(batch.flip(-1)), self.input_size).flip(-1)) / 2
+        return scores
 
     def _tempered(self, blocks: Iterable[Block]) -> Iterator[Block]:
         return (Block(b.top, b.left, tempered(b.scores, self.temperature)) for b in blocks)

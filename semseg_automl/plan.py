@@ -65,6 +65,7 @@ class Plan(BaseModel):
         views: times each image is shown per epoch.
         max_epochs: passes at most.
         time_limit: seconds for the whole fit, or None.
+        mirrored: predictions are averaged with those of the mirrored image.
         preset: what the settings were laid over; empty in folders saved before it was kept.
         reasons: per decision, why.
     """
@@ -104,6 +105,7 @@ class Plan(BaseModel):
     validation_metric: str
     seed: int
     time_limit: float | None
+    mirrored: bool = False
     preset: str = ""
     reasons: dict[str, str]
 
@@ -193,6 +195,7 @@ def make_plan(
         validation_metric=validation_metric or ("iou" if task.kind == "binary" else "miou"),
         seed=seed,
         time_limit=time_limit,
+        mirrored=config.data.mirrored,
         reasons=reasons,
         **config.optim.model_dump(include=NEVER_AUTO),
         **framing._asdict(),

@@ -118,8 +118,8 @@ def file_names(table: MaskTable, suffix: str) -> list[str]:
 def fingerprint(predictor: Predictor, task: SegmentationTask, threshold: float) -> str:
     """Return 32 hexadecimal digits of all that a prediction depends on: weights, sizes, threshold, classes."""
     digest = hashlib.blake2b(digest_size=16)
-    sizes = [predictor.input_size, predictor.tile, predictor.temperature, threshold, task.to_dict()]
-    digest.update(json.dumps(sizes, sort_keys=True).encode())
+    seen = [predictor.input_size, predictor.tile, predictor.mirrored, predictor.temperature]
+    digest.update(json.dumps([*seen, threshold, task.to_dict()], sort_keys=True).encode())
     for name, tensor in sorted(predictor.model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)

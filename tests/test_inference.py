@@ -70,6 +70,19 @@ def test_scores__image_of_one_tile__are_those_of_the_whole_image_bit_for_bit(
     assert torch.equal(whole, tiled)
 
 
+@pytest.mark.parametrize("model", [BINARY, CLASSES])
+@pytest.mark.parametrize("tile", [None, (40, 40)])
+def test_scores__mirrored__turn_with_the_image(model: SegmentationModel, tile: tuple[int, int] | None) -> None:
+    image = draw(40, 80)
+    turned = np.ascontiguousarray(image[:, ::-1])
+    once, both = predictor(model, tile), replace(predictor(model, tile), mirrored=True)
+    torch.testing.assert_close(scores_of(both, turned), scores_of(both, image).flip(-1))
+    assert not torch.allclose(scores_of(once, turned), scores_of(once, image).flip(-1), atol=1e-3)
+    if tile is None:
+        mean = (scores_of(once, image) + scores_of(once, turned).flip(-1)) / 2
+        torch.testing.assert_close(scores_of(both, image), mean)
+
+
 def test_scores__image_smaller_than_a_tile__are_those_of_the_mirrored_image_bit_for_bit() -> None:
     image = draw(21, 40)
     padded = np.pad(image, ((5, 6), (4, 4), (0, 0)), mode="reflect")

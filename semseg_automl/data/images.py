@@ -35,7 +35,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from semseg_automl.data.completeness import jpeg_is_complete, png_flaw
+from semseg_automl.data import completeness
 from semseg_automl.data.drawn import DrawnMask
 from semseg_automl.data.encodings import StoredMask, plain_mask
 from semseg_automl.data.npy import NPY_START, npy_shape, read_npy
@@ -67,7 +67,8 @@ _SIGNATURES: tuple[tuple[re.Pattern[bytes], type[ImageFile]], ...] = (
 # errors of the language reach the caller.
 _LANGUAGE = (SyntaxError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, EOFError)
 # UserWarning: Pillow's about a damaged TIFF, where the caller turns warnings into errors.
-_LIBRARIES = (OSError, UserWarning, struct.error, zlib.error, cv2.error, Image.DecompressionBombError)
+_TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+_LIBRARIES = (OSError, UserWarning, struct.error, zlib.error, cv2.error, *_TOO_LARGE)
 _DAMAGE = (*_LANGUAGE, *_LIBRARIES)
 
 _EXIF_ORIENTATION = 0x0112
@@ -153,7 +154,7 @@ def read_stored_mask(source: ImageSource, *, name: str | None = None) -> StoredM
         pixels = source if isinstance(source, np.ndarray) else read_npy(source, name)
     else:
         data, header = _open(source, name)
-        pixels = _decode_deep(data, name) if _is_deep(header, data) else _pixels_of(header, name, as_stored=True)
+        pixels = _decode_deep(data, name) if _is_deep(header, data) else _by_pillow(header, data, name, as_stored=True)
         palette = palette_of(header)
         if isinstance(header, PngImageFile) and data[25] == 0 and data[24] in (2, 4):
             # Pillow spreads 2 and 4 bits of grey over 0..255; the file stores 0..3 and 0..15.
@@ -283,21 +284,25 @@ def _open(path: str | os.PathLike[str], name: str) -> tuple[bytes, ImageFile]:
         data = Path(path).read_bytes()
     except OSError as error:
         raise DataError(f"{name}: cannot be read ({error.strerror}); check its permissions and the disk") from error
+    if data.startswith(completeness.PNG_START) and (flaw := completeness.png_flaw(data)):
+        raise _damaged(name, flaw)
     header = _open_header(io.BytesIO(data), name)
     _check_pixels(header.size, name)
-    if isinstance(header, JpegImageFile) and not jpeg_is_complete(data):
-        raise _damaged(name, "the JPEG ends before its end marker")
-    if isinstance(header, PngImageFile) and (flaw := png_flaw(data)):
-        raise _damaged(name, flaw)
+    if isinstance(header, JpegImageFile):
+        progressive = "progressive" in header.info
+        if flaw := completeness.jpeg_flaw(data, header.size, header.layer, progressive=progressive):
+            raise _damaged(name, flaw)
     return data, header
 
 
 def _open_header(stream: BinaryIO, name: str) -> ImageFile:
     start = stream.read(16)
-    stream.seek(0)
     reader = next((reader for signature, reader in _SIGNATURES if signature.match(start)), None)
     if reader is None:
         raise DataError(f"{name}: not an image that is read here (it starts with {start[:8]!r}); {_ALLOWED}")
+    if reader is TiffImageFile and (flaw := completeness.tiff_flaw(stream)):
+        raise _damaged(name, flaw)
+    stream.seek(0)
     try:
         header = reader(stream)
         pages = _pages(header)
@@ -319,7 +324,7 @@ def _pages(header: ImageFile) -> int:
 
 
 def _damaged(name: str, error: BaseException | str) -> DataError:
-    if isinstance(error, Image.DecompressionBombError):
+    if isinstance(error, _TOO_LARGE):
         return DataError(f"{name}: {error}; cut the image into smaller ones, or raise PIL.Image.MAX_IMAGE_PIXELS")
     kind = ", or a TIFF of a rare kind" if isinstance(error, SyntaxError) else ""
     return DataError(f"{name}: truncated or damaged{kind} ({error}); copy the file again or remove the row")
@@ -357,7 +362,13 @@ def _decode(header: ImageFile, data: bytes, name: str) -> NDArray[Any]:
         return _decode_deep(data, name)
     if isinstance(header, (JpegImageFile, PngImageFile)) and header.mode in ("L", "RGB", "RGBA"):
         return _opencv(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION, name)
-    return _pixels_of(header, name, as_stored=False)
+    return _by_pillow(header, data, name, as_stored=False)
+
+
+def _by_pillow(header: ImageFile, data: bytes, name: str, *, as_stored: bool) -> NDArray[Any]:
+    if isinstance(header, PngImageFile) and (flaw := completeness.png_pixels_flaw(data)):
+        raise _damaged(name, flaw)
+    return _pixels_of(header, name, as_stored=as_stored)
 
 
 def _opencv(data: bytes, flags: int, name: str) -> NDArray[Any]:
@@ -395,14 +406,10 @@ def _orientation(header: ImageFile, name: str) -> int:
     block = header.info.get("exif")
     if isinstance(header, TiffImageFile) or not block:
         return 1
-    exif = Image.Exif()
-    try:
-        exif.load(block)
-        value = exif.get(_EXIF_ORIENTATION, 1)
-    except _DAMAGE:
+    value = completeness.exif_orientation(block)
+    if value is None:
         warnings.warn(f"{name}: its EXIF block is damaged, so the image is read unturned", stacklevel=2)
-        return 1
-    return value if value in range(1, 9) else 1
+    return value or 1
 
 
 def _orient(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
