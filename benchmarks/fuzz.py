@@ -38,7 +38,7 @@ import pandas as pd
 from PIL import Image
 
 import semseg_automl
-from benchmarks.fuzz_files import KINDS, Seed, Spoiled, drawn_seeds, real_seeds, spoil
+from benchmarks.fuzz_files import KINDS, REFUSED, Seed, Spoiled, drawn_seeds, real_seeds, spoil
 from semseg_automl import FailedPrediction, SemanticSegmentor, check_data
 from semseg_automl.data.images import image_size, read_image, read_stored_mask
 from semseg_automl.data.synthetic import draw_dataset
@@ -128,9 +128,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", type=int, help="number of the one batch to run")
     parser.add_argument("--keep", type=Path, help="folder to leave the files in")
     options = parser.parse_args(arguments)
-    faulthandler.enable()
     limits = Limits(options.rows, options.seconds, options.memory)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        os.environ["SEMSEG_AUTOML_CACHE"] = os.path.join(name, "cache")  # not the user's: files here are gone soon
         segmentor = fit_tiny(Path(name) / "fit")
         folder = options.keep or Path(name)
         outcome = run(options.files, segmentor, folder, limits, options.seed, options.real, options.only)
@@ -198,11 +198,21 @@ def run(
 
 def within(seconds: float, work: Callable[[], None]) -> bool:
     """Run `work` in a thread; False, with all stacks on the standard error stream, where it takes too long."""
-    thread = threading.Thread(target=work, daemon=True)  # so that a hung one does not keep the process
+    raised: list[BaseException] = []
+
+    def worked() -> None:
+        try:
+            work()
+        except BaseException as error:  # raised again below: a thread would only print it
+            raised.append(error)
+
+    thread = threading.Thread(target=worked, daemon=True)  # so that a hung one does not keep the process
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
         faulthandler.dump_traceback(file=sys.__stderr__ or 2)
+    elif raised:
+        raise raised[0]
     return not thread.is_alive()
 
 
@@ -286,7 +296,11 @@ class _Fuzz:
         except Exception as error:  # whatever it is, it is what this program looks for
             self._violated(f"{kind}, {path}: {error!r}")
             return Read(None, why=repr(error))
-        if (said := image_size(path)) != pixels.shape[:2]:
+        try:
+            said: object = image_size(path)
+        except Exception as error:  # as above
+            said = repr(error)
+        if said != pixels.shape[:2]:
             self._violated(f"{kind}, {path}: image_size says {said}, but it is read as {pixels.shape}")
         return Read(pixels)
 
@@ -323,7 +337,10 @@ class _Fuzz:
     def _original(self, seed: Seed, mask: bool, folder: Path) -> Read:
         path = folder / f"original{seed.suffix}"
         path.write_bytes(seed.data)
-        return self._read(str(path), "original", mask=mask)
+        read = self._read(str(path), "original", mask=mask)
+        if seed.drawn and (read.pixels is None) != ((seed.name, seed.suffix, mask) in REFUSED):
+            self._violated(f"the unspoiled {seed.name}{seed.suffix}, mask {mask}: {read.why or 'read'}")
+        return read
 
     def _violated(self, text: str) -> None:
         self.outcome.violations.append(f"batch {self._number}: {text}")
@@ -335,4 +352,5 @@ def _peak() -> float:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # a decoder that crashes says where
     sys.exit(main())

@@ -39,6 +39,8 @@ class Seed:
     name: str
     suffix: str
     data: bytes
+    drawn: bool = True
+    """Whether it is known what becomes of it."""
 
     @property
     def format(self) -> str:
@@ -65,6 +67,9 @@ SIGNATURES = {
     "webp": b"RIFF",
     "npy": b"\x93NUMPY",
 }
+
+REFUSED = {("varying alpha", ".png", True), ("F", ".tiff", False), ("int64", ".npy", False)}
+"""Name and suffix of the drawn files that are not read, and whether as masks or as images; all others are."""
 
 # Height and width that no file of ours can fill. The first is allowed by its pixels; the last is one row in BMP, where
 # it is -1, and may be that few in JPEG.
@@ -117,7 +122,8 @@ def drawn_seeds(rng: Rng) -> list[Seed]:
         ("RGBA, turned", colour.convert("RGBA"), "webp", {"exif": exif}),
     ]
     seeds = [Seed(name, f".{suffix}", _coded(image, suffix, options)) for name, image, suffix, options in wanted]
-    arrays = {"RGB": noise, "L": noise[:, :, 0], "mask": classes, "int64": classes.astype(np.int64)}
+    arrays: dict[str, NDArray[Any]] = {"RGB": noise, "L": noise[:, :, 0], "mask": classes}
+    arrays["int64"] = classes.astype(np.int64)
     return seeds + [Seed(name, ".npy", _npy(array)) for name, array in arrays.items()]
 
 
@@ -125,7 +131,7 @@ def real_seeds(folder: Path, rng: Rng) -> list[Seed]:
     """Take some small image files from a folder and its subfolders."""
     found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.stat().st_size <= MAX_REAL_BYTES)
     chosen = rng.permutation(len(found))[:MAX_REAL_FILES]
-    taken = [Seed(found[i].name, found[i].suffix.lower(), found[i].read_bytes()) for i in chosen]
+    taken = [Seed(found[i].name, found[i].suffix.lower(), found[i].read_bytes(), drawn=False) for i in chosen]
     return [seed for seed in taken if seed.data.startswith(tuple(SIGNATURES.values()))]
 
 
@@ -295,6 +301,9 @@ def _taller(rng: Rng, seed: Seed, seeds: list[Seed]) -> tuple[bytes, Verdict]:
         return bytes(data), "any"
     if seed.format == "npy":
         return seed.data.replace(b"(24,", b"(25,", 1), "refused"
+    if seed.format.startswith("tiff"):
+        _set_tiff_size(data, (WIDTH if seed.name == "turned" else HEIGHT) + int(rng.integers(1, 40)), WIDTH)
+        return bytes(data), "refused"
     return seed.data[:-1], "same or refused"
 
 

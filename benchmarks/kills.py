@@ -2,8 +2,8 @@
 
 A small fit on drawn images runs in a process of its own, which is ended by SIGKILL after a random time. It is gone on
 with until it is complete, killed again or not, and its weights are compared bit by bit with those of a fit that nobody
-disturbed. Moments are spread over the time that a fit takes, counted from when it has noted what it runs. A line per
-fit; exit code 1 where anything differs. Processes are forked, so that none has to import torch anew.
+disturbed. Moments are counted from when a fit has noted what it runs; the kills of one fit are spread over its time. A
+line per fit; exit code 1 where anything differs. Processes are forked, so that none has to import torch anew.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         while kills < options.points:
             path = Path(folder) / "broken"
             for _ in range(min(options.chain, options.points - kills)):
-                in_time += killed(data, path, rng.uniform(0, span))
+                in_time += killed(data, path, rng.uniform(0, 1.2 * span / options.chain))
                 kills += 1
             last = start(data, path)
             last.join()

@@ -3,7 +3,8 @@
 DATA holds folders with a ``train.csv``. Our training loader, with horizontal flips as the only augmentation, takes
 turns with the loader one writes first: Pillow opens, converts and resizes, torchvision flips and makes tensors, in
 PyTorch's `DataLoader` with as many processes. The check of all rows takes turns with opening every file in Pillow and
-counting the mask's values. The first epoch decodes, later ones find decoded images in memory.
+counting the mask's values. As in a fit, the check comes before the first epoch, and what it decoded is kept for it: the
+check has a column of its own, and one together with the first epoch. Later epochs find decoded images in memory.
 
 Medians over rounds whose order alternates. Other programs on the machine slow both sides, so the ratios are what
 counts; threads, which ours uses where there are no loader processes, only help where a core is free.
@@ -22,7 +23,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from semseg_automl import SemanticSegmentor
 from semseg_automl.data.cache import ImageCache
 from semseg_automl.data.checks import check_rows
 from semseg_automl.data.dataset import MaskDataModule, MaskDataset
+from semseg_automl.data.kept import DecodedFiles
 from semseg_automl.data.table import MaskTable, read_table
 from semseg_automl.hardware import usable_cores
 from semseg_automl.task import SegmentationTask, infer_task
@@ -43,6 +45,9 @@ SIZE = (256, 256)
 BATCH = 8
 CACHE_BYTES = 2**30
 
+Result = TypeVar("Result")
+Seconds = tuple[float, float]
+"""Of the clock, and of this process's processors, all threads together."""
 Speed = tuple[float, float]
 """Images per second of the clock, and processor milliseconds per image (of loader processes: without theirs)."""
 
@@ -80,14 +85,14 @@ def plain_check(table: MaskTable) -> None:
         np.unique(mask, return_counts=True)
 
 
-def timed(work: Callable[[], object]) -> tuple[float, float]:
-    """Return the seconds that `work` takes: of the clock, and of this process's processors, all threads together."""
+def timed(work: Callable[[], Result]) -> tuple[Seconds, Result]:
+    """Return the seconds that `work` takes, and what it returns."""
     wall, processor = time.perf_counter(), time.process_time()
-    work()
-    return time.perf_counter() - wall, time.process_time() - processor
+    result = work()
+    return (time.perf_counter() - wall, time.process_time() - processor), result
 
 
-def speeds(seconds: Mapping[str, Sequence[tuple[float, float]]], images: int) -> dict[str, Speed]:
+def speeds(seconds: Mapping[str, Sequence[Seconds]], images: int) -> dict[str, Speed]:
     """Return images per second of the clock, and processor milliseconds per image, by the medians of all rounds."""
     found = {}
     for name, rounds in seconds.items():
@@ -96,9 +101,11 @@ def speeds(seconds: Mapping[str, Sequence[tuple[float, float]]], images: int) ->
     return found
 
 
-def our_loader(table: MaskTable, task: SegmentationTask, workers: int) -> DataLoader[Any]:
-    """Return the training loader of a new, empty cache."""
+def our_loader(table: MaskTable, task: SegmentationTask, workers: int, kept: DecodedFiles) -> DataLoader[Any]:
+    """Return the training loader of a new cache, with what a check kept in it."""
     data = MaskDataset(table, task, SIZE, "flip", cache=ImageCache(len(table), CACHE_BYTES, shared=workers > 0))
+    data.adopt(kept)
+    kept.clear()
     return MaskDataModule(data, data, batch_size=BATCH, views=1, num_workers=workers, seed=0).train_dataloader()
 
 
@@ -108,6 +115,13 @@ def exhaust(loader: Iterable[object]) -> None:
         pass
 
 
+def begun(make: Callable[[], DataLoader[Any]]) -> DataLoader[Any]:
+    """Make a loader and take every batch of its first epoch."""
+    loader = make()
+    exhaust(loader)
+    return loader
+
+
 def plain_loader(table: MaskTable, workers: int) -> DataLoader[Any]:
     """Return the loader one writes first."""
     data = PlainDataset(table)
@@ -115,29 +129,24 @@ def plain_loader(table: MaskTable, workers: int) -> DataLoader[Any]:
 
 
 def measure_loader(table: MaskTable, task: SegmentationTask, workers: int, rounds: int) -> dict[str, Speed]:
-    """Time first epochs, which start the processes too, and second ones of new loaders."""
-    make = {"ours": lambda: our_loader(table, task, workers), "plain": lambda: plain_loader(table, workers)}
-    seconds: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    """Time the check, the first epoch after it, with making the loader and starting its processes, and the second."""
+    kept = DecodedFiles(CACHE_BYTES)
+    check: dict[str, Callable[[], object]] = {
+        "ours": partial(check_rows, table, keep=kept),
+        "plain": partial(plain_check, table),
+    }
+    make = {"ours": partial(our_loader, table, task, workers, kept), "plain": partial(plain_loader, table, workers)}
+    seconds: dict[str, list[Seconds]] = defaultdict(list)
     for turn in range(rounds + 1):
         for side in make if turn % 2 else reversed(make):
-            loader = make[side]()
-            for number in ("first", "later"):
-                taken = timed(partial(exhaust, loader))
-                if turn:  # the one before fills the system's file cache
-                    seconds[f"{side}, {number}"].append(taken)
+            checked, _ = timed(check[side])
+            first, loader = timed(partial(begun, make[side]))
+            later, _ = timed(partial(exhaust, loader))
+            both = checked[0] + first[0], checked[1] + first[1]
+            if turn:  # the one before fills the system's file cache
+                for what, taken in {"check": checked, "first": first, "check + first": both, "later": later}.items():
+                    seconds[f"{side}, {what}"].append(taken)
     return speeds(seconds, len(table) // BATCH * BATCH)
-
-
-def measure_check(table: MaskTable, rounds: int) -> dict[str, Speed]:
-    """Time the check of all rows against the plain one."""
-    sides: dict[str, Callable[[], object]] = {"ours": lambda: check_rows(table), "plain": lambda: plain_check(table)}
-    seconds: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for turn in range(rounds + 1):
-        for name in sides if turn % 2 else reversed(sides):
-            taken = timed(sides[name])
-            if turn:
-                seconds[name].append(taken)
-    return speeds(seconds, len(table))
 
 
 def measure_training(folder: Path, workers: int) -> float:
@@ -166,7 +175,6 @@ def main() -> None:
         task = infer_task([check.value_counts for check in checks], encodings=[check.encoding for check in checks])
         for workers in options.workers:
             report(name, f"loader, {workers} processes", measure_loader(table, task, workers, options.rounds))
-        report(name, "check", measure_check(table, options.rounds))
         if options.train:
             for workers in options.workers:
                 seconds = measure_training(options.data / name, workers)

@@ -79,6 +79,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "conv_lora_rs": {"optim.peft": "conv_lora", "optim.lora.scaling": "sqrt_rank"},
     "conv_lora_plus": {"optim.peft": "conv_lora", "optim.lora.b_lr_ratio": 4},
     "conv_lora_decoder": {"optim.peft": "conv_lora", "optim.lora.decoder_rank": 8},
+    "conv_lora_one": {"optim.peft": "conv_lora", "optim.lora.experts": 1},
     "lora_no_detail": {"optim.peft": "lora", "model.detail": False},
     "conv_lora_no_detail": {"optim.peft": "conv_lora", "model.detail": False},
 }

@@ -20,6 +20,7 @@ from semseg_automl.models.layers import running_statistics
 from semseg_automl.peft import trainable_parameters
 from semseg_automl.peft.usage import ExpertCounter
 from semseg_automl.plan import Plan
+from semseg_automl.processes import first_says, in_group, summed
 from semseg_automl.third_party import lightning
 
 Weights = dict[str, Tensor]
@@ -91,12 +92,12 @@ class Clock(lightning.Callback):
         self.start = time.monotonic() - self.before
 
     def progress(self, trainer: lightning.Trainer) -> float:
-        """Return the share of training that is over, 0 to 1."""
+        """Return the share of training that is over, 0 to 1; several processes go by the first one's clock."""
         done = trainer.global_step / max(1.0, trainer.estimated_stepping_batches)
         if self.deadline is None:
             return done
         available = max(1e-3, self.deadline - self.reserve - self.start)
-        return max(done, (time.monotonic() - self.start) / available)
+        return first_says(max(done, (time.monotonic() - self.start) / available))
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
@@ -159,8 +160,8 @@ class ExpertUsage(lightning.Callback):
         self.counter.add()
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Bring the counts to the host, once; `WeightKeeper` wants them right after."""
-        self.latest = self.counter.counts()
+        """Bring the counts of all processes to the host, once; `WeightKeeper` wants them right after."""
+        self.latest = {name: summed(torch.tensor(own)).tolist() for name, own in self.counter.counts().items()}
 
 
 class WeightKeeper(lightning.Callback):
@@ -187,8 +188,8 @@ class WeightKeeper(lightning.Callback):
         on_best: Callable[[Weights], None],
         on_epoch: Callable[[dict[str, float]], None],
     ) -> None:
+        self.model = model
         self.parameters = trainable_parameters(model)
-        self.statistics = running_statistics(model)
         self.plan = plan
         self.result = result
         self.usage = usage
@@ -199,6 +200,11 @@ class WeightKeeper(lightning.Callback):
         self.best: Weights | None = None
         self.steps = 0
         self.started = time.monotonic()
+
+    @property
+    def statistics(self) -> dict[str, Tensor]:
+        """What batch norms count. Looked up: unlike parameters, buffers are other tensors on another device."""
+        return running_statistics(self.model)
 
     def state_dict(self) -> dict[str, Any]:
         """Return averages, best weights and history, for a fit that is gone on with."""
@@ -234,8 +240,11 @@ class WeightKeeper(lightning.Callback):
         torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters.values()], 1 - decay)
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Put the average in place."""
+        """Put the average in place; of statistics, that of all processes, each of which counted its own images."""
         self._swap()
+        for counted in self.statistics.values():
+            if in_group() and counted.is_floating_point():
+                counted.copy_(summed(counted) / trainer.world_size)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Note the epoch, keep the weights if they are the best so far, and put the optimised ones back."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from semseg_automl.config import Config
 from semseg_automl.errors import ConfigError, UnsupportedCombination
@@ -189,13 +190,25 @@ def _loader_processes(
     return min(most, math.ceil(batch_size * seconds / STEP_SECONDS))
 
 
+def images_room(asked: Literal["auto", "off"] | int, hardware: Hardware) -> int:
+    """Return the bytes that decoded images may take at most.
+
+    Args:
+        asked: the setting ``env.image_cache``.
+        hardware: the machine.
+    """
+    if asked == "auto":
+        return round(hardware.host_free * IMAGES_SHARE)
+    return 0 if asked == "off" else asked
+
+
 def _image_cache(config: Config, hardware: Hardware, needed: int, reasons: dict[str, str]) -> int:
     """Choose the bytes for decoded images: what they need, within a share of the memory that is free."""
     asked = config.env.image_cache
     if asked != "auto":
         reasons["image_cache"] = "as asked"
-        return 0 if asked == "off" else asked
-    room = round(hardware.host_free * IMAGES_SHARE)
+        return images_room(asked, hardware)
+    room = images_room(asked, hardware)
     sizes = f"decoded images take {needed / 1e9:.2g} GB, {hardware.host_free / 1e9:.2g} GB are free"
     reasons["image_cache"] = f"bytes; {sizes}"
     if needed > room:

@@ -16,26 +16,29 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from semseg_automl.bundle import load_bundle, read_plan
+from semseg_automl.capacity import images_room
 from semseg_automl.choosing import AUTO, choose_preset
 from semseg_automl.config import Config, flatten, load_config
 from semseg_automl.data.annotated import check_names
 from semseg_automl.data.checks import RowCheck, check_rows, usable_rows
 from semseg_automl.data.colours import Colour, read_color_map
 from semseg_automl.data.dataset import loading_seconds
+from semseg_automl.data.kept import DecodedFiles
 from semseg_automl.data.splits import check_groups_apart, split_holdout
 from semseg_automl.data.table import MaskTable
 from semseg_automl.errors import BundleError, ConfigError, check_known
 from semseg_automl.fingerprint import Fingerprint, fingerprint
 from semseg_automl.fitted import Table
 from semseg_automl.fitting import fit_bundle
-from semseg_automl.hardware import detect_hardware
+from semseg_automl.hardware import Hardware, detect_hardware
 from semseg_automl.judging import JudgedSegmentor
 from semseg_automl.metrics import build_metrics
 from semseg_automl.models.facts import encoder_facts
 from semseg_automl.plan import DataStats, Plan, make_plan
+from semseg_automl.processes import ALONE
 from semseg_automl.report_page import seconds_of_fit, write_fit_report
 from semseg_automl.task import SegmentationTask, infer_task
-from semseg_automl.training import check_trainer_options
+from semseg_automl.training import trainer_processes
 
 KEPT_SETTINGS = ("label", "image", "eval_metric", "validation_metric")
 """Constructor arguments that a saved segmentor remembers."""
@@ -73,6 +76,8 @@ class SemanticSegmentor(JudgedSegmentor):
         base_dir: folder that relative paths start from; None for the CSV's own, else the current one.
         verbosity: 0 silent, 1 a line per epoch, 2 a progress bar too.
     """
+
+    _processes = ALONE  # that the last fit trained with
 
     def __init__(
         self,
@@ -128,7 +133,7 @@ class SemanticSegmentor(JudgedSegmentor):
 
         Args:
             train_data: table, or CSV file, with an image and a label column; or annotations, as for
-                `read_annotations`, of which the part ``train`` is read.
+                `read_annotations`, of which the part ``train`` is read. Do not change files while it fits.
             tuning_data: validation rows, of annotations the part ``val``; None holds some of `train_data` out.
             time_limit: seconds for everything; the learning rate falls so that it ends there.
             presets: instead of the constructor's.
@@ -154,29 +159,45 @@ class SemanticSegmentor(JudgedSegmentor):
             KeyboardInterrupt: after Ctrl-C; the best state so far is saved and fitted.
         """
         start = time.monotonic()
-        settings = check_trainer_options(trainer_options)
-        if resume and self.path is None:
-            raise ConfigError("resume=True needs the folder of the fit to go on with: SemanticSegmentor(path=...).")
+        settings = self._arranged(trainer_options, resume)
         given = None if plan is None else plan if isinstance(plan, Plan) else read_plan(Path(plan))
         if given is not None:
             decided = [presets, hyperparameters, self.hyperparameters, seed, time_limit, *map(settings.get, PLANNED)]
             seed, time_limit = _planned(given, decided)
         chosen, config = self._config(presets, hyperparameters, holdout_frac, settings)
-        fit_table, validation, checks = self._tables(train_data, tuning_data, groups, on_bad_rows, config, seed)
+        hardware = detect_hardware()  # before anything is kept, which would count as used
+        kept = DecodedFiles(0 if dry_run else _room(config, given, hardware))
+        fit_table, validation, checks = self._tables(train_data, tuning_data, groups, on_bad_rows, config, seed, kept)
         if given is None:
-            made = self._plan(config, checks, fit_table, seed=seed, time_limit=time_limit)
-            why = {"preset": chosen[1], **made.reasons}
-            self.plan_ = made.model_copy(update={"preset": chosen[0], "reasons": why})
+            made = self._plan(config, checks, fit_table, hardware, seed=seed, time_limit=time_limit)
         else:
             self._check_plan(given)
-            self.plan_ = given
+        self.plan_ = _named(made, *chosen) if given is None else given
         self.classes_ = np.asarray(self.task_.labels)
         self._say(f"{self.task_}\n{self.plan_}" if dry_run else str(self.task_))
         if not dry_run:
             deadline = None if time_limit is None else start + time_limit
             data = fingerprint(self.task_, checks, validation_rows=len(validation))
-            self._train(fit_table, validation, data, deadline, settings, resume, config.env.state_seconds)
+            self._train(fit_table, validation, data, kept, deadline, settings, resume, config.env.state_seconds)
         return self
+
+    def _arranged(self, options: dict[str, Any], resume: bool) -> dict[str, Any]:
+        """Check options of Lightning's trainer, and find out which of how many processes this is.
+
+        Raises:
+            ConfigError: an option is unknown or cannot work, or a path is needed and not given.
+        """
+        self._processes, settings = trainer_processes(options)
+        if resume and self.path is None:
+            raise ConfigError("resume=True needs the folder of the fit to go on with: SemanticSegmentor(path=...).")
+        if self._processes.are_several and self.path is None:
+            raise ConfigError("several processes need one folder to fit into: SemanticSegmentor(path=...).")
+        return settings
+
+    def _say(self, text: str) -> None:
+        """Say it once, not once per process."""
+        if self._processes.is_first:
+            super()._say(text)
 
     def _tables(
         self,
@@ -186,17 +207,18 @@ class SemanticSegmentor(JudgedSegmentor):
         on_bad_rows: str,
         config: Config,
         seed: int,
+        kept: DecodedFiles,
     ) -> tuple[MaskTable, MaskTable, list[RowCheck]]:
         """Read and check training and validation rows, and infer the task on the way; also return what was found."""
         self.dropped_rows_: list[str] = []
-        table, checks = self._checked(self._read(train_data, groups, split=("train",), known={}), on_bad_rows)
+        table, checks = self._checked(self._read(train_data, groups, split=("train",), known={}), on_bad_rows, kept)
         if tuning_data is None:
             self.task_ = self._infer(table, checks)
             asked = config.data.holdout_frac
             frac = min(MAX_HOLDOUT, max(0.1, 10 / len(table))) if asked == "auto" else asked
             return *split_holdout(table, checks, frac=frac, seed=seed, task=self.task_), checks
         held = self._read(tuning_data, groups, split=("val",), known=table.class_names)
-        validation, more = self._checked(held, on_bad_rows)
+        validation, more = self._checked(held, on_bad_rows, kept)
         check_groups_apart(table, validation)
         self.task_ = self._infer(table, [*checks, *more])
         return table, validation, [*checks, *more]
@@ -221,12 +243,14 @@ class SemanticSegmentor(JudgedSegmentor):
             check_names(given, same, "the training table")
         return replace(task, reasons=(*task.reasons, *notes))
 
-    def _checked(self, table: MaskTable, on_bad_rows: str) -> tuple[MaskTable, list[RowCheck]]:
+    def _checked(
+        self, table: MaskTable, on_bad_rows: str, kept: DecodedFiles
+    ) -> tuple[MaskTable, list[RowCheck]]:
         """Check every row; those that cannot be used are an error, or left out, named and remembered."""
         check_known("on_bad_rows", on_bad_rows, ["raise", "drop"])
         if on_bad_rows == "raise":
-            return table, check_rows(table)
-        usable, checks, dropped = usable_rows(table)
+            return table, check_rows(table, keep=kept)
+        usable, checks, dropped = usable_rows(table, keep=kept)
         if dropped:
             self._say("\n- ".join([f"{len(dropped)} of {len(table)} rows cannot be used and are left out:", *dropped]))
         self.dropped_rows_ += dropped
@@ -255,10 +279,16 @@ class SemanticSegmentor(JudgedSegmentor):
         return (choice.preset, f"auto: {choice.reason}"), load_config(choice.preset, choice.settings, *asked)
 
     def _plan(
-        self, config: Config, checks: Sequence[RowCheck], table: MaskTable, *, seed: int, time_limit: float | None
+        self,
+        config: Config,
+        checks: Sequence[RowCheck],
+        table: MaskTable,
+        hardware: Hardware,
+        *,
+        seed: int,
+        time_limit: float | None,
     ) -> Plan:
         """Collect what the plan depends on, and make it."""
-        hardware = detect_hardware()
         # A processor that trains loads between its steps, whatever that takes.
         timed = hardware.device != "cpu" and config.env.num_workers == "auto"
         seconds = loading_seconds(table, self.task_) if timed else None
@@ -313,13 +343,14 @@ class SemanticSegmentor(JudgedSegmentor):
         table: MaskTable,
         validation: MaskTable,
         data: Fingerprint,
+        kept: DecodedFiles,
         deadline: float | None,
         settings: dict[str, Any],
         resume: bool,
         state_seconds: Literal["auto"] | float,
     ) -> None:
         """Fit the plan, keep the best weights in memory and on disk, and report."""
-        kept = seconds_of_fit(self.plan_.time_limit)
+        reporting = seconds_of_fit(self.plan_.time_limit)
         stamped = Path("runs") / f"segmentor-{datetime.now():%Y%m%d-%H%M%S}"
         self.path_ = Path(self.path) if self.path is not None else stamped
         bundle = fit_bundle(
@@ -331,16 +362,19 @@ class SemanticSegmentor(JudgedSegmentor):
             settings={key: getattr(self, key) for key in KEPT_SETTINGS},
             dropped_rows=self.dropped_rows_,
             data=data,
+            kept=kept,
             say=self._say,
             resume=resume,
             state_seconds=None if state_seconds == "auto" else state_seconds,
-            deadline=None if deadline is None else deadline - kept,
+            deadline=None if deadline is None else deadline - reporting,
             trainer_options=settings,
+            processes=self._processes,
             progress_bar=self.verbosity >= 2,
         )
         self._adopt(bundle)
-        left = kept if deadline is None else min(kept, max(0.0, deadline - time.monotonic()))
-        write_fit_report(self.path_, bundle, self._predictor, validation, self._metric_names(None), left)
+        left = reporting if deadline is None else min(reporting, max(0.0, deadline - time.monotonic()))
+        if self._processes.is_first:
+            write_fit_report(self.path_, bundle, self._predictor, validation, self._metric_names(None), left)
         if bundle.record["stopped_by"] == "interrupt":
             raise KeyboardInterrupt("fit was interrupted; the best state so far is fitted and saved")
 
@@ -359,6 +393,16 @@ class SemanticSegmentor(JudgedSegmentor):
         segmentor.path_ = Path(path)
         segmentor._adopt(bundle)
         return segmentor
+
+
+def _room(config: Config, given: Plan | None, hardware: Hardware) -> int:
+    """Return the bytes that decoded images may take: as the given plan has it, or as one will be made."""
+    return images_room(config.env.image_cache, hardware) if given is None else given.image_cache
+
+
+def _named(plan: Plan, preset: str, why: str) -> Plan:
+    """Return a plan that says what its settings were laid over."""
+    return plan.model_copy(update={"preset": preset, "reasons": {"preset": why, **plan.reasons}})
 
 
 def _planned(given: Plan, decided: Sequence[Any]) -> tuple[int, float | None]:

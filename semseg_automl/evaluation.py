@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from semseg_automl.calibration import Judged
+from semseg_automl.capacity import images_room
 from semseg_automl.data.checks import RowCheck, check_rows
 from semseg_automl.data.images import read_mask
+from semseg_automl.data.kept import DecodedFiles
 from semseg_automl.data.table import MaskTable
 from semseg_automl.data.transforms import resize_mask
 from semseg_automl.errors import ConfigError, DataError, check_known
+from semseg_automl.hardware import detect_hardware
 from semseg_automl.inference import FailedPrediction, MetricSize, Predictor
 from semseg_automl.metrics import MetricChoice, build_metrics
 from semseg_automl.models.segmentation_model import hard_labels
@@ -23,6 +26,8 @@ from semseg_automl.task import SegmentationTask
 from semseg_automl.uncertainty import ImageTallies, Interval
 
 LISTED_ROWS = 20
+KEPT_BYTES = 2**30
+"""Of decoded images and masks between their check and their prediction, at most."""
 
 
 def check_values(task: SegmentationTask, table: MaskTable, checks: Sequence[RowCheck]) -> None:
@@ -168,6 +173,8 @@ def evaluate_table(
 ) -> dict[str, float] | pd.DataFrame:
     """Check masks and score predictions, in one of the forms that ``SemanticSegmentor.evaluate`` returns.
 
+    What the check decodes is predicted from, as far as it fits a quarter of the free memory and 1 GiB.
+
     Args:
         predictor: gives class scores.
         table: images and masks.
@@ -187,7 +194,9 @@ def evaluate_table(
         raise ConfigError("return_per_image and intervals are both True; they return different tables: ask for one.")
     if strata is not None and (return_per_image or intervals):
         raise ConfigError("by gives a table of its own, with intervals: leave out return_per_image and intervals.")
-    check_values(task, table, check_rows(table))
+    kept = DecodedFiles(min(KEPT_BYTES, images_room("auto", detect_hardware())))
+    check_values(task, table, check_rows(table, keep=kept))
+    table = kept.as_table(table)
     if strata is not None:
         images = judged(predictor, table, task, threshold, metric_size)
         return stratified(images, strata[1], task, by=strata[0], metrics=metrics)

@@ -22,6 +22,7 @@ from semseg_automl.hardware import detect_hardware
 from semseg_automl.models.encoder import EncoderState
 from semseg_automl.models.segmentation_model import SegmentationModel
 from semseg_automl.plan import Plan
+from semseg_automl.processes import fair_share
 
 
 class FeatureCache:
@@ -160,7 +161,7 @@ def feature_caches(
     Args:
         model: the network, its fine-tuning method applied.
         plan: where to cache, and how many views.
-        data: says how many items there are; the two share one budget accordingly.
+        data: says how many items there are; the two share one budget accordingly, and so do the processes of a machine.
         folder: this process's alone, for a cache on disk; deleted at the end, whatever happens before.
         on_notice: called with what the user should know.
 
@@ -177,7 +178,8 @@ def feature_caches(
     on_disk = plan.feature_cache == "disk"
     if on_disk and folder is None:
         raise ConfigError("the plan's feature_cache is 'disk', but no folder was given. Pass train(cache_folder=...).")
-    budget = DISK_BYTES if on_disk else int(detect_hardware().host_memory * CACHE_SHARE)
+    room = DISK_BYTES if on_disk else int(detect_hardware().host_memory * CACHE_SHARE)
+    budget = fair_share(room, data.processes)
     items = {"train": plan.cached_views * len(data.train), "validation": len(data.validation)}
     scratch = folder if on_disk else None
     try:

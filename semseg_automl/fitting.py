@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,16 +14,19 @@ import torch
 from semseg_automl.build import seeded_model
 from semseg_automl.bundle import Bundle, load_bundle, save_bundle
 from semseg_automl.callbacks import TrainingResult, Weights
+from semseg_automl.data.kept import DecodedFiles
 from semseg_automl.data.table import MaskTable
 from semseg_automl.errors import BundleError, TrainingError
 from semseg_automl.fingerprint import Fingerprint
-from semseg_automl.memory import is_out_of_memory, smaller
+from semseg_automl.memory import is_out_of_memory, shared_plan, smaller
 from semseg_automl.peft import count_parameters
 from semseg_automl.peft.usage import usage_summary
 from semseg_automl.plan import Plan
+from semseg_automl.processes import ALONE, Agreement, Processes, meet, parting
 from semseg_automl.report import save_expert_usage
 from semseg_automl.resume import (
     FOLDER,
+    MACHINE_DECIDES,
     RUN,
     StateKeeper,
     begin_run,
@@ -30,6 +34,7 @@ from semseg_automl.resume import (
     end_run,
     newest_state,
     read_state,
+    row_name,
 )
 from semseg_automl.task import SegmentationTask
 from semseg_automl.training import data_module, train
@@ -48,11 +53,13 @@ def fit_bundle(
     settings: Mapping[str, Any],
     dropped_rows: Sequence[str] = (),
     data: Fingerprint | None = None,
+    kept: DecodedFiles | None = None,
     say: Callable[[str], None],
     resume: bool = False,
     state_seconds: float | None = None,
     deadline: float | None = None,
     trainer_options: dict[str, Any] | None = None,
+    processes: Processes = ALONE,
     progress_bar: bool = True,
 ) -> Bundle:
     """Fit what a plan describes and save it, each time it gets better.
@@ -66,11 +73,13 @@ def fit_bundle(
         settings: of the estimator, kept in the bundle.
         dropped_rows: rows that were left out, and why; kept in the bundle.
         data: what the rows look like, kept in the bundle for its reports.
+        kept: what the check of the rows decoded; emptied.
         say: called with what the user should know.
         resume: go on with the fit that was cut off in the folder, if there is one.
         state_seconds: between two states that a resumed fit can go on with; None for what costs 2 % at most.
         deadline: `time.monotonic` seconds at which everything must be over, or None.
         trainer_options: passed on to Lightning's trainer by name.
+        processes: that fit together; each calls this with the same, and the first one speaks and writes.
         progress_bar: show Lightning's progress bar.
 
     Raises:
@@ -79,34 +88,71 @@ def fit_bundle(
         CheckpointError: the checkpoint, or the adapter to start from, cannot be read.
         TrainingError: the loss is no longer finite.
     """
+    say = say if processes.is_first else _silent
     states = folder / FOLDER
     if resume and not (states / RUN).exists() and (folder / "bundle.yaml").exists():
         return _finished(folder, plan, say)
+    plan = shared_plan(plan, processes, rows=len(table), validation_rows=len(validation))
     tables = {"train": table, "validation": validation}
-    state = _earlier_state(states, plan, task, tables, say, resume=resume)
+    state = _earlier_state(states, plan, task, tables, say, resume=resume, writes=processes.is_first)
     result = TrainingResult()
     bundle = Bundle(seeded_model(plan), plan, task)
-    saver = _Saver(bundle, folder, result, settings, dropped_rows, data, say)
+    saver = _Saver(bundle, folder, result, settings, dropped_rows, data, say, writes=processes.is_first)
     trainable, total = count_parameters(bundle.model)
     say(f"{plan.peft} on {plan.encoder}: {trainable:,} of {total:,} parameters train ({trainable / total:.2%})")
+    if processes.are_several:
+        images = f"{plan.micro_batch_size} images at a time, {plan.batch_size} together per step"
+        say(f"{processes.count} processes train, each on {images}")
     options = {
         "on_best": saver.save_best,
         "on_epoch": lambda entry: say(_epoch_line(entry, plan.validation_metric)),
         "cache_folder": folder / "features",
         "deadline": deadline,
-        "trainer_options": {"default_root_dir": str(folder), "logger": True, **(trainer_options or {})},
+        "trainer_options": _trainer_options(trainer_options or {}, folder, processes, plan, task, tables, state),
+        "processes": processes,
         "progress_bar": progress_bar,
     }
-    _train_within_memory(bundle, tables, result, states, state, say=say, state_seconds=state_seconds, options=options)
-    saver.save()
-    if result.stopped_by != "interrupt":  # that one may be gone on with
+    rest: dict[str, Any] = {"kept": kept, "say": say, "state_seconds": state_seconds, "options": options}
+    with parting():
+        _train_within_memory(bundle, tables, result, states, state, **rest)
+        saver.save()
+        if result.stopped_by != "interrupt":  # that one may be gone on with, and has ended the other processes
+            meet()
+    if not processes.is_first:
+        return bundle
+    if result.stopped_by != "interrupt":
         end_run(states)
-    say(
-        f"stopped by {result.stopped_by}; best {plan.validation_metric} {result.best_score:.4f} in epoch "
-        f"{result.best_epoch}; saved in {folder}"
-    )
+    say(_last_line(result, plan.validation_metric, folder))
     _tell_experts(folder, result.expert_usage, say)
     return bundle
+
+
+def _silent(_: str) -> None:
+    """Say nothing: the first process does."""
+
+
+def _trainer_options(
+    asked: Mapping[str, Any],
+    folder: Path,
+    processes: Processes,
+    plan: Plan,
+    task: SegmentationTask,
+    tables: Mapping[str, MaskTable],
+    state: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Return the options of Lightning's trainer; of several processes the first one logs, and all compare notes."""
+    options = {"default_root_dir": str(folder), "logger": True, **asked}
+    if not processes.are_several:
+        return options
+    if not processes.is_first:
+        options["logger"] = False
+    decided = plan.model_dump(mode="json", exclude=MACHINE_DECIDES - {"micro_batch_size", "checkpointing"})
+    facts = {"the plan": json.dumps(decided), "the task": json.dumps(task.to_dict(), default=str)}
+    for name, table in tables.items():
+        rows = [row_name(table, row) for row in range(len(table))]
+        facts[f"the {name} rows"] = json.dumps(rows)
+    facts["the state to go on with"] = "none" if state is None else json.dumps(state["loops"], default=str)
+    return options | {"callbacks": [*asked.get("callbacks", []), Agreement(facts)]}
 
 
 def _tell_experts(folder: Path, usage: Mapping[str, Sequence[int]], say: Callable[[str], None]) -> None:
@@ -126,6 +172,7 @@ class _Saver:
     dropped_rows: Sequence[str]
     data: Fingerprint | None
     say: Callable[[str], None]
+    writes: bool = True
     saved: bool = False
 
     def save(self) -> None:
@@ -136,7 +183,8 @@ class _Saver:
         """
         found = {} if self.data is None else {"data": self.data.model_dump(mode="json")}
         self.bundle.record = _record(self.result, self.settings, self.dropped_rows) | found
-        save_bundle(self.folder, self.bundle, frozen_too=not self.saved)
+        if self.writes:
+            save_bundle(self.folder, self.bundle, frozen_too=not self.saved)
         self.saved = True
 
     def save_best(self, _: Weights) -> None:
@@ -155,15 +203,18 @@ def _earlier_state(
     say: Callable[[str], None],
     *,
     resume: bool,
+    writes: bool,
 ) -> dict[str, Any] | None:
     """Note what is run, and return the state of an earlier run of the same to go on with, if there is one.
+
+    Where another process `writes`, nothing is noted.
 
     Raises:
         ConfigError: the earlier run is another one.
         BundleError: the folder cannot be written.
     """
     try:
-        known = begin_run(states, plan, task, tables, resume=resume)
+        known = begin_run(states, plan, task, tables, resume=resume) if writes else resume
     except OSError as error:
         raise BundleError(f"cannot write '{states}' ({error}). Check space and permissions.") from error
     path = newest_state(states, say) if known else None
@@ -179,6 +230,7 @@ def _train_within_memory(
     states: Path,
     state: dict[str, Any] | None,
     *,
+    kept: DecodedFiles | None,
     say: Callable[[str], None],
     state_seconds: float | None,
     options: Mapping[str, Any],
@@ -191,6 +243,7 @@ def _train_within_memory(
         result: filled in.
         states: folder of the states.
         state: to go on with, or None.
+        kept: of the rows, see `fit_bundle`.
         say: called with what the user should know.
         state_seconds: see `fit_bundle`.
         options: of `train`.
@@ -200,14 +253,20 @@ def _train_within_memory(
     """
     while True:
         plan = bundle.plan
-        keeper = StateKeeper(states, micro_batch_size=plan.micro_batch_size, interval=state_seconds, on_notice=say)
-        data = data_module(plan, bundle.task, tables["train"], tables["validation"])
+        images = plan.micro_batch_size * options["processes"].count
+        keeper = StateKeeper(states, micro_batch_size=images, interval=state_seconds, on_notice=say)
+        data = data_module(plan, bundle.task, tables["train"], tables["validation"], kept)
         rest = {"result": result, "on_notice": say, "states": keeper, "state": state, **options}
         try:
             train(bundle.model, plan, bundle.task, data, **rest)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
+            if options["processes"].are_several:  # the others are in the middle of the step
+                raise TrainingError(
+                    f"memory ran out in process {options['processes'].rank} ({error}). Lower env.micro_batch_size, now "
+                    f"{plan.micro_batch_size} images per process."
+                ) from error
             fewer = smaller(plan, can_recompute=bool(bundle.model.encoder.seams()))
             if fewer is None:
                 raise TrainingError(
@@ -251,6 +310,13 @@ def _epoch_line(entry: Mapping[str, float], metric: str) -> str:
     return (
         f"epoch {entry['epoch']:.0f}: {entry['seconds']:.0f} s, step {entry['step']:.0f}, train loss "
         f"{entry.get('train_loss', math.nan):.4f}, {metric} {entry[metric]:.4f}"
+    )
+
+
+def _last_line(result: TrainingResult, metric: str, folder: Path) -> str:
+    return (
+        f"stopped by {result.stopped_by}; best {metric} {result.best_score:.4f} in epoch {result.best_epoch}; "
+        f"saved in {folder}"
     )
 
 

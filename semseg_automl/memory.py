@@ -1,4 +1,4 @@
-"""What to do when memory runs out in the middle of training: the same batch in smaller pieces.
+"""The same batch in smaller pieces: when memory runs out in the middle of training, and for several processes.
 
 The effective batch stays as it was, so that what is learned stays the same, up to rounding and to what a method
 computes over a micro-batch (the balancing loss and the noise of Conv-LoRA's experts).
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import torch
 
+from semseg_automl.errors import UnsupportedCombination
 from semseg_automl.plan import Plan
+from semseg_automl.processes import Processes, divided_micro_batch, fair_share
 
 _TOLD = ("out of memory", "can't allocate memory", "not enough memory")
 """What torch's allocators of accelerators, of Linux and of Windows say, where they have no exception of their own."""
@@ -42,3 +44,32 @@ def smaller(plan: Plan, *, can_recompute: bool) -> Plan | None:
         return None
     reasons = plan.reasons | dict.fromkeys(changed, "memory ran out while training")
     return plan.model_copy(update={**changed, "reasons": reasons})
+
+
+def shared_plan(plan: Plan, processes: Processes, *, rows: int, validation_rows: int) -> Plan:
+    """Return the plan as each of several processes carries it out: together they take the batch it names.
+
+    Args:
+        plan: made for one process.
+        processes: that train together.
+        rows: of training.
+        validation_rows: of validation.
+
+    Raises:
+        UnsupportedCombination: the batch, or the rows, cannot be divided among them.
+    """
+    count = processes.count
+    if count == 1:
+        return plan
+    micro = divided_micro_batch(plan.batch_size, plan.micro_batch_size, count)
+    if validation_rows < count or rows * plan.views < micro * count:
+        raise UnsupportedCombination(
+            f"{count} processes cannot share {rows * plan.views} training samples an epoch, of which each takes "
+            f"{micro} at a time, and {validation_rows} validation rows. Use fewer devices, or give more rows."
+        )
+    changed = {"micro_batch_size": micro, "image_cache": fair_share(plan.image_cache, processes)}
+    if plan.reasons.get("num_workers") != "as asked":
+        changed["num_workers"] = fair_share(plan.num_workers, processes)
+    changed = {name: value for name, value in changed.items() if value != getattr(plan, name)}
+    told = dict.fromkeys(changed, f"{count} processes, {processes.on_machine} of them on a machine")
+    return plan.model_copy(update={**changed, "reasons": plan.reasons | told})

@@ -32,6 +32,7 @@ from semseg_automl.errors import ConfigError
 from semseg_automl.files import replaced
 from semseg_automl.memory import is_out_of_memory
 from semseg_automl.plan import Plan
+from semseg_automl.processes import first_says
 from semseg_automl.task import SegmentationTask
 from semseg_automl.third_party import lightning
 
@@ -103,7 +104,7 @@ class StateKeeper(lightning.Callback):
 
     Args:
         folder: of the states.
-        micro_batch_size: images per batch.
+        micro_batch_size: images per batch, those of all processes together.
         interval: seconds between two states; None for `LEAST_SECONDS`, more where saving is slow.
         on_notice: called when a state cannot be saved; training goes on.
     """
@@ -143,20 +144,26 @@ class StateKeeper(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Save before a batch that starts an optimizer step, if it is time."""
-        if batch_idx % trainer.accumulate_grad_batches == 0 and self._is_due(trainer):
+        if batch_idx % trainer.accumulate_grad_batches == 0 and self._is_due():
             self.save(trainer, batch_idx)
 
-    def _is_due(self, trainer: lightning.Trainer) -> bool:
+    def _is_due(self) -> bool:
         """Let the first of several processes decide for all: saving is a common step of theirs."""
-        due = time.monotonic() - self.last >= self.interval
-        return bool(trainer.strategy.broadcast(due)) if trainer.world_size > 1 else due
+        return bool(first_says(time.monotonic() - self.last >= self.interval))
 
     def save(self, trainer: lightning.Trainer, batches: int) -> None:
-        """Write the state after `batches` batches of the epoch; a full disk is told once, and training goes on."""
+        """Write the state after `batches` batches of the epoch; a full disk is told once, and training goes on.
+
+        Several processes have the same state, and the first one writes it. Not by Lightning's own ``save_checkpoint``,
+        where all would wait for a first one that met a full disk.
+        """
+        if not trainer.is_global_zero:
+            return
         start = time.monotonic()
         name = f"{trainer.current_epoch:06d}-{batches * self.micro_batch_size:09d}"
         try:
-            trainer.save_checkpoint(self.folder / f"{name}{SUFFIX}", weights_only=False)
+            state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+            StateIO().save_checkpoint(state, self.folder / f"{name}{SUFFIX}")
         except (OSError, SafetensorError) as error:
             if not self.said:
                 self.on_notice(f"the state for fit(resume=True) cannot be saved ({error}); training goes on without")
@@ -213,7 +220,7 @@ def prepare_state(state: dict[str, Any], micro_batch_size: int, seconds_key: str
 
     Args:
         state: from `read_state`; changed in place.
-        micro_batch_size: images per batch from now on.
+        micro_batch_size: images per batch from now on, those of all processes together.
         seconds_key: the callback in whose state ``seconds`` is the time that training took so far.
     """
     loop = state["loops"]["fit_loop"]
@@ -287,6 +294,18 @@ def row_digest(table: MaskTable, row: int) -> str:
     for source in (table.images[row], *(() if table.masks is None else (table.masks[row],))):
         digest.update(_source_bytes(source))
     return digest.hexdigest()[:16]
+
+
+def row_name(table: MaskTable, row: int) -> str:
+    """Return what a row is called wherever its files lie: the names of files; digests of pixels in memory."""
+    sources = (table.images[row], *(() if table.masks is None else (table.masks[row],)))
+    parts = [
+        os.path.basename(source)
+        if isinstance(source, (str, os.PathLike))
+        else hashlib.sha256(_source_bytes(source)).hexdigest()[:16]
+        for source in sources
+    ]
+    return "/".join(parts)
 
 
 def _source_bytes(source: ImageSource) -> bytes:

@@ -20,34 +20,38 @@ Shared by all functions:
   NaN included.
 - No valid pixel gives NaN. A tensor that cannot be scored raises `DataError`.
 
-Not here: accumulation over a data set, which lives in `semseg_automl.metrics`, and scores of hard decisions.
+Each measure has a second form, ``..._of``, which takes a `SoftMap`: prediction, mask, stretch and valid pixels in one
+object. What measures need alike is worked out once for all that are given the same one.
+
+Not here: several measures at once (`semseg_automl.saliency_scores`), accumulation over a data set, which lives in
+`semseg_automl.metrics`, and scores of hard decisions.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from semseg_automl.errors import DataError
+from semseg_automl.soft_map import SoftMap, picked
 
 __all__ = [
     "e_measure",
     "e_measure_adaptive",
+    "e_measure_adaptive_of",
     "e_measure_curve",
-    "level_values",
+    "e_measure_curve_of",
+    "e_measure_of",
     "mean_absolute_error",
-    "prepared",
+    "mean_absolute_error_of",
     "s_measure",
+    "s_measure_of",
 ]
 
 _EPS = torch.finfo(torch.float64).eps  # MATLAB's eps, added to denominators by all published evaluation code
-_LEVELS = 256  # the field stores predictions as 8-bit images and scores every threshold they can have
-_SLACK = 1e-3  # resampling overshoots 1 by about 1e-7 in float32 and by one step of 2^-10 in float16
 
 
 class _Moments(NamedTuple):
@@ -73,15 +77,16 @@ class _Moments(NamedTuple):
         return cls(values.numel(), float(first + mean), float(torch.dot(deviations, deviations)))
 
     @classmethod
-    def of_levels(cls, values: Tensor, counts: Tensor) -> _Moments:
-        """Moments of ``values (256,)``, each taken as often as ``counts (256,)`` says."""
-        present = counts.nonzero().squeeze(1)
-        if present.numel() == 0:
-            return cls(0, 0.0, 0.0)
-        first, weights = values[present[0]], counts[present].to(torch.float64)
-        deviations, pixels = values[present] - first, int(weights.sum())
-        mean = torch.dot(deviations, weights) / pixels
-        return cls(pixels, float(first + mean), float(torch.dot(deviations.sub_(mean).square_(), weights)))
+    def of_counts(cls, values: Tensor, counts: Tensor) -> list[_Moments]:
+        """Moments of ``values (256,)`` for each row of ``counts (N, 256)``, which says how often a value is taken."""
+        weights = counts.to(torch.float64)
+        pixels = weights.sum(dim=1)
+        first = values[(counts > 0).to(torch.uint8).argmax(dim=1)]
+        deviations = values - first[:, None]
+        mean = (deviations * weights).sum(dim=1) / pixels.clamp(min=1)
+        squares = (deviations.sub_(mean[:, None]).square_() * weights).sum(dim=1)
+        rows = zip(pixels.tolist(), (first + mean).tolist(), squares.tolist(), strict=True)
+        return [cls(int(number), middle, spread) if number else cls(0, 0.0, 0.0) for number, middle, spread in rows]
 
     def joined(self, other: _Moments) -> _Moments:
         """Moments of the union of two disjoint sets (Chan, Golub and LeVeque, 1979)."""
@@ -131,22 +136,21 @@ def s_measure(
     >>> round(s_measure(torch.tensor([[0.0, 1.0], [1.0, 1.0]]), mask).item(), 4)
     0.6277
     """
-    moments_of = _moments(prediction, mask, valid, stretch)
-    inside = mask if valid is None else mask & valid
-    foreground = int(torch.count_nonzero(inside))
-    pixels = mask.numel() if valid is None else int(torch.count_nonzero(valid))
-    answer = functools.partial(torch.tensor, dtype=torch.float64, device=prediction.device)
+    return s_measure_of(SoftMap(prediction, mask, valid=valid, stretch=stretch), alpha=alpha)
+
+
+def s_measure_of(image: SoftMap, *, alpha: float = 0.5) -> Tensor:
+    """`s_measure` of a map whose tensors are in one object; answer and errors as there."""
+    answer = functools.partial(torch.tensor, dtype=torch.float64, device=image.prediction.device)
+    regions, pixels, foreground = _moments(image), image.pixels, image.foreground
     if pixels == 0:
         return answer(math.nan)
+    off_mask, on_mask = (functools.reduce(_Moments.joined, side) for side in zip(*regions, strict=True))
     if foreground in (0, pixels):
-        off, on = moments_of((slice(None), slice(None)))
-        return answer(on.mean if foreground else 1 - off.mean)
-    regions = [moments_of(area)[::-1] for area in _quadrants(inside, foreground)]
-    region_score = sum(_similarity(on, off) * (on.pixels + off.pixels) for on, off in regions) / pixels
-    in_mask = functools.reduce(_Moments.joined, (on for on, _ in regions))
-    off_mask = functools.reduce(_Moments.joined, (off for _, off in regions))
+        return answer(on_mask.mean if foreground else 1 - off_mask.mean)
+    region_score = sum(_similarity(on, off) * (on.pixels + off.pixels) for off, on in regions) / pixels
     object_score = (
-        _object_similarity(in_mask) * foreground
+        _object_similarity(on_mask) * foreground
         + _object_similarity(off_mask._replace(mean=1 - off_mask.mean)) * (pixels - foreground)
     ) / pixels
     return answer(max(0.0, alpha * object_score + (1 - alpha) * region_score))
@@ -162,7 +166,12 @@ def e_measure(prediction: Tensor, mask: Tensor, *, valid: Tensor | None = None, 
     >>> round(e_measure(mask.double(), mask).item(), 4)  # 255 thresholds of 4/3, the lowest of 1/3
     1.3294
     """
-    return e_measure_curve(prediction, mask, valid=valid, stretch=stretch).mean()
+    return e_measure_of(SoftMap(prediction, mask, valid=valid, stretch=stretch))
+
+
+def e_measure_of(image: SoftMap) -> Tensor:
+    """`e_measure` of a map whose tensors are in one object; answer and errors as there."""
+    return e_measure_curve_of(image).mean()
 
 
 def e_measure_curve(prediction: Tensor, mask: Tensor, *, valid: Tensor | None = None, stretch: bool = True) -> Tensor:
@@ -191,15 +200,13 @@ def e_measure_curve(prediction: Tensor, mask: Tensor, *, valid: Tensor | None = 
     Raises:
         DataError: A shape, a type or a range is not as above.
     """
-    if prediction.dtype == torch.uint8:
-        values = level_values(prediction, mask, valid, stretch).clamp(0, 1)  # levels that do not occur may lie outside
-        counts = _level_counts(prediction, mask, valid)
-        histogram = torch.zeros_like(counts).index_add_(1, (values * (_LEVELS - 1)).to(torch.int64), counts)
-    else:
-        values, inside = _selected(prediction, mask, valid, stretch)
-        histogram = _level_counts((values * (_LEVELS - 1)).to(torch.int16), inside, None)
-    off_mask, on_mask = histogram.flip(1).cumsum(1).flip(1)  # [t]: pixels at or above level t
-    return _alignment(on_mask, off_mask, *_sizes(histogram))
+    return e_measure_curve_of(SoftMap(prediction, mask, valid=valid, stretch=stretch))
+
+
+def e_measure_curve_of(image: SoftMap) -> Tensor:
+    """`e_measure_curve` of a map whose tensors are in one object; answer and errors as there."""
+    off_mask, on_mask = image.counts.flip(1).cumsum(1).flip(1)  # [t]: pixels at or above level t
+    return _alignment(on_mask, off_mask, image.foreground, image.pixels)
 
 
 def e_measure_adaptive(
@@ -213,15 +220,20 @@ def e_measure_adaptive(
     Returns:
         0-d float64 tensor; NaN without a valid pixel.
     """
-    if prediction.dtype == torch.uint8:
-        values, counts = level_values(prediction, mask, valid, stretch), _level_counts(prediction, mask, valid)
+    return e_measure_adaptive_of(SoftMap(prediction, mask, valid=valid, stretch=stretch))
+
+
+def e_measure_adaptive_of(image: SoftMap) -> Tensor:
+    """`e_measure_adaptive` of a map whose tensors are in one object; answer and errors as there."""
+    if image.has_levels:
+        values, counts = image.level_values, image.raw_counts
         mean = (values * counts).sum() / counts.sum()
     else:
-        values, inside = _selected(prediction, mask, valid, stretch)
+        values, inside = image.selected
         mean, counts = values.mean(), torch.stack((~inside, inside))
     marked = values >= (2 * mean).clamp(max=1)
     off_mask, on_mask = (counts * marked).sum(dim=1)
-    return _alignment(on_mask, off_mask, *_sizes(counts))
+    return _alignment(on_mask, off_mask, image.foreground, image.pixels)
 
 
 def mean_absolute_error(
@@ -238,127 +250,30 @@ def mean_absolute_error(
     >>> mean_absolute_error(torch.tensor([[0.0, 1.0], [0.5, 1.0]]), mask).item()
     0.125
     """
-    if prediction.dtype == torch.uint8:
-        values, counts = level_values(prediction, mask, valid, stretch), _level_counts(prediction, mask, valid)
+    return mean_absolute_error_of(SoftMap(prediction, mask, valid=valid, stretch=stretch))
+
+
+def mean_absolute_error_of(image: SoftMap) -> Tensor:
+    """`mean_absolute_error` of a map whose tensors are in one object; answer and errors as there."""
+    if image.has_levels:
+        values, counts = image.level_values, image.raw_counts
         return (counts * torch.stack((values, 1 - values))).sum() / counts.sum()
-    values, inside = _selected(prediction, mask, valid, stretch)
+    values, inside = image.selected
     return (values - inside.to(torch.float64)).abs_().mean()
 
 
-def prepared(prediction: Tensor, mask: Tensor, valid: Tensor | None, stretch: bool) -> Tensor:
-    """Check the arguments and return the prediction ``(H, W)`` as float64, in [0, 1] at every valid pixel.
-
-    Raises:
-        DataError: A shape, a type or a range cannot be scored.
-    """
-    _check(prediction, mask, valid)
-    raw = prediction.detach()
-    if raw.dtype == torch.uint8:
-        raw = raw.to(torch.float64).div_(_LEVELS - 1)
-    seen = raw if valid is None else raw.masked_select(valid)
-    if seen.numel() == 0:
-        return raw.to(torch.float64)
-    low, high = (bound.to(torch.float64) for bound in torch.aminmax(seen))
-    smallest, largest = float(low), float(high)
-    if not (smallest >= -_SLACK and largest <= 1 + _SLACK):  # written so that NaN fails too
-        raise DataError(
-            f"prediction ranges from {smallest:g} to {largest:g}; probabilities in [0, 1] are needed: apply "
-            "the sigmoid to logits, pass 8-bit maps as uint8, and look for NaN in the model's output"
-        )
-    if stretch and smallest < largest and (smallest, largest) != (0, 1):
-        # 0-d tensors, not Python floats: CUDA turns division by a host scalar into multiplication by its
-        # reciprocal, which moves some values to the level below.
-        return raw.to(torch.float64, copy=True).sub_(low).div_(high - low)
-    return raw.to(torch.float64).clamp(0, 1) if smallest < 0 or largest > 1 else raw.to(torch.float64)
-
-
-def _check(prediction: Tensor, mask: Tensor, valid: Tensor | None) -> None:
-    """Raise `DataError` for a shape or a type that cannot be scored."""
-    if prediction.ndim != 2 or not (prediction.is_floating_point() or prediction.dtype == torch.uint8):
-        raise DataError(
-            f"prediction is {prediction.dtype} of shape {tuple(prediction.shape)}; a (H, W) tensor, floating for "
-            "probabilities or uint8 for levels of 255, is needed: pass one image"
-        )
-    for name, other in (("mask", mask), ("valid", valid)):
-        if other is not None and (other.dtype != torch.bool or other.shape != prediction.shape):
-            raise DataError(
-                f"{name} is {other.dtype} of shape {tuple(other.shape)}; a torch.bool tensor of shape "
-                f"{tuple(prediction.shape)}, the prediction's, is needed: compare first, as in {name} > 128"
-            )
-
-
-def level_values(prediction: Tensor, mask: Tensor, valid: Tensor | None, stretch: bool) -> Tensor:
-    """The prepared value of each level of a uint8 prediction, ``(256,)``; arguments and errors as in `prepared`."""
-    _check(prediction, mask, valid)
-    levels = torch.arange(_LEVELS, dtype=torch.uint8, device=prediction.device)[None]
-    seen = prediction if valid is None else _picked(prediction, valid)
-    low, high = torch.aminmax(seen) if seen.numel() else (levels[0, 0], levels[0, 0])
-    # As an image of its own, so that each level is prepared by the arithmetic that its pixels would be.
-    return prepared(levels, levels > 0, (levels >= low) & (levels <= high), stretch)[0]
-
-
-def _level_counts(prediction: Tensor, mask: Tensor, valid: Tensor | None) -> Tensor:
-    """Pixels outside and inside the mask by level of a uint8 or small int16 prediction, ``(2, 256)`` int64."""
-    pairs = prediction.to(torch.int16, copy=True).add_(mask, alpha=_LEVELS)
-    pairs = pairs.reshape(-1) if valid is None else _picked(pairs, valid)
-    return torch.bincount(pairs, minlength=2 * _LEVELS).view(2, _LEVELS)
-
-
-def _sizes(counts: Tensor) -> tuple[int, int]:
-    """Pixels inside the mask, and all pixels, of counts ``(2, ...)`` outside and inside it."""
-    return int(counts[1].sum()), int(counts.sum())
-
-
-def _moments(
-    prediction: Tensor, mask: Tensor, valid: Tensor | None, stretch: bool
-) -> Callable[[tuple[slice, slice]], tuple[_Moments, _Moments]]:
-    """Return what gives the prepared prediction's moments outside and inside the mask within an area."""
-    if prediction.dtype == torch.uint8:
-        levels = level_values(prediction, mask, valid, stretch)
-
-        def of_levels(area: tuple[slice, slice]) -> tuple[_Moments, _Moments]:
-            off, on = _level_counts(prediction[area], mask[area], None if valid is None else valid[area])
-            return _Moments.of_levels(levels, off), _Moments.of_levels(levels, on)
-
-        return of_levels
-    values = prepared(prediction, mask, valid, stretch)
-    inside, outside = (mask, ~mask) if valid is None else (mask & valid, valid & ~mask)
-
-    def of_pixels(area: tuple[slice, slice]) -> tuple[_Moments, _Moments]:
-        off, on = (_Moments.of(_picked(values[area], part[area])) for part in (outside, inside))
-        return off, on
-
-    return of_pixels
-
-
-def _selected(prediction: Tensor, mask: Tensor, valid: Tensor | None, stretch: bool) -> tuple[Tensor, Tensor]:
-    """Return prepared prediction and mask of the valid pixels only, ``(N,)``; errors as in `prepared`."""
-    values = prepared(prediction, mask, valid, stretch)
-    if valid is None:
-        return values.flatten(), mask.flatten()
-    return _picked(values, valid), _picked(mask, valid)
-
-
-def _picked(values: Tensor, part: Tensor) -> Tensor:
-    """Return the elements of `values` where the bool tensor `part` of the same shape is set, ``(N,)``."""
-    if values.device.type != "cpu":
-        return values.masked_select(part)
-    return torch.from_numpy(values.numpy()[part.numpy()])  # three times faster than masked_select
-
-
-def _quadrants(inside: Tensor, foreground: int) -> list[tuple[slice, slice]]:
-    """Slices of the four quadrants of ``inside (H, W)`` around the centroid of its `foreground` set pixels.
-
-    The centroid is rounded half to even and its row and column belong to the upper left quadrant. The
-    others may be empty.
-    """
-    cuts = []
-    for dim in (0, 1):
-        profile = inside.view(torch.uint8).sum(dim=1 - dim, dtype=torch.int32)  # several times faster than of bool
-        moment = int((profile * torch.arange(profile.numel(), device=profile.device)).sum())
-        cuts.append(round(moment / foreground) + 1)
-    rows, columns = ((slice(0, cut), slice(cut, None)) for cut in cuts)
-    return [(row, column) for row in rows for column in columns]
+def _moments(image: SoftMap) -> list[tuple[_Moments, _Moments]]:
+    """Moments of the prediction outside and inside the mask by quadrant; of the whole image where a side is empty."""
+    if image.has_levels:
+        moments = _Moments.of_counts(image.level_values, image.quadrant_counts.flatten(0, 1))
+        return list(zip(moments[::2], moments[1::2], strict=True))
+    values = image.values
+    whole = image.foreground in (0, image.pixels)
+    areas = [(slice(None), slice(None))] if whole else image.quadrants
+    outside, inside = (
+        [_Moments.of(picked(values[area], part[area])) for area in areas] for part in (image.outside, image.inside)
+    )
+    return list(zip(outside, inside, strict=True))
 
 
 def _similarity(on_mask: _Moments, off_mask: _Moments) -> float:

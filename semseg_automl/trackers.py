@@ -23,6 +23,7 @@ from semseg_automl.callbacks import TrainingResult
 from semseg_automl.data.images import read_image
 from semseg_automl.errors import ConfigError, check_known
 from semseg_automl.plan import Plan
+from semseg_automl.processes import ALONE, Processes
 from semseg_automl.report import TILE, overlay_grid
 from semseg_automl.third_party import lightning
 
@@ -124,12 +125,14 @@ class Previews:
     Args:
         dataset: of the validation; one item per image.
         binary: leave class 0 uncoloured.
+        every: only each so-manieth image can be drawn; the others are validated on by other processes.
     """
 
-    def __init__(self, dataset: MaskDataset, *, binary: bool) -> None:
+    def __init__(self, dataset: MaskDataset, *, binary: bool, every: int = 1) -> None:
         self.dataset = dataset
         self.binary = binary
-        rows = np.linspace(0, len(dataset) - 1, min(PREVIEWS, len(dataset))).round().astype(int)
+        seen = np.arange(0, len(dataset), every)
+        rows = seen[np.linspace(0, len(seen) - 1, min(PREVIEWS, len(seen))).round().astype(int)]
         self.labels: dict[int, NDArray[np.uint8]] = dict.fromkeys(rows.tolist(), np.zeros((0, 0), np.uint8))
         self._kept: dict[int, tuple[NDArray[np.uint8], NDArray[np.uint8]]] = {}
 
@@ -233,7 +236,11 @@ def log_pictures(
 
 
 def run_log(
-    loggers: Sequence[lightning.pytorch.loggers.Logger], plan: Plan, result: TrainingResult, dataset: MaskDataset
+    loggers: Sequence[lightning.pytorch.loggers.Logger],
+    plan: Plan,
+    result: TrainingResult,
+    dataset: MaskDataset,
+    processes: Processes = ALONE,
 ) -> RunLog:
     """Return the callback for these loggers; it draws pictures only where one of them can show them.
 
@@ -242,9 +249,11 @@ def run_log(
         plan: of the fit.
         result: filled in as training goes.
         dataset: of the validation.
+        processes: that share it.
     """
     drawn = any(shows_pictures(logger) for logger in loggers)
-    return RunLog(plan, result, Previews(dataset, binary=dataset.task.kind == "binary") if drawn else None)
+    binary = dataset.task.kind == "binary"
+    return RunLog(plan, result, Previews(dataset, binary=binary, every=processes.count) if drawn else None)
 
 
 def _small(labels: Tensor) -> NDArray[np.uint8]:

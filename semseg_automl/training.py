@@ -26,6 +26,7 @@ from semseg_automl.callbacks import Clock, ExpertUsage, TrainingResult, WeightKe
 from semseg_automl.data.cache import ImageCache
 from semseg_automl.data.crops import CropRule
 from semseg_automl.data.dataset import Batch, MaskDataModule, MaskDataset
+from semseg_automl.data.kept import DecodedFiles
 from semseg_automl.data.table import MaskTable
 from semseg_automl.errors import ConfigError, nearest
 from semseg_automl.features import FeatureCache, feature_caches
@@ -34,7 +35,9 @@ from semseg_automl.metrics import build_metrics
 from semseg_automl.models.mask_decoder import SegmentationOutput
 from semseg_automl.models.segmentation_model import SegmentationModel, hard_labels, semantic_scores
 from semseg_automl.peft import trainable_parameters
+from semseg_automl.peft.usage import expert_layers
 from semseg_automl.plan import Plan
+from semseg_automl.processes import ALONE, Processes, arrange, built_strategy
 from semseg_automl.resume import SUFFIX, StateIO, StateKeeper, prepare_state
 from semseg_automl.task import SegmentationTask
 from semseg_automl.third_party import lightning
@@ -77,8 +80,12 @@ class FineTuneModule(lightning.LightningModule):
         return self.model.finish(cache.states(batch.index, batch.image), cache.stage, batch.image)
 
     def on_train_batch_start(self, batch: Batch, batch_index: int) -> None:
-        """Let the noise of the experts follow from the step alone, so that a fit gone on with draws the same."""
-        words = [self.plan.seed, self.global_rank, self.trainer.global_step, batch_index]
+        """Let the noise of the experts follow from the batch alone, so that a fit gone on with draws the same.
+
+        So do several processes, which take turns: they number the batches as one process would.
+        """
+        number = batch_index * self.trainer.world_size + self.global_rank
+        words = [self.plan.seed, 0, self.trainer.global_step, number]
         torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
         self.in_step = True
 
@@ -100,7 +107,11 @@ class FineTuneModule(lightning.LightningModule):
         """Return the loss of a batch: the criterion plus the layers' auxiliary losses."""
         output = self.segment(batch, "train")
         loss = self.criterion(output, batch.mask) + self.model.aux_loss().to(batch.mask.device)
-        self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch))
+        if output.class_logits is not None and self.trainer.world_size > 1:
+            # Without a labelled pixel here the masks do not count, but the other processes wait for their gradients.
+            loss = loss + 0.0 * output.mask_logits.sum()
+        shown: dict[str, Any] = {"on_step": False, "on_epoch": True, "prog_bar": True, "sync_dist": True}
+        self.log("train_loss", loss.detach(), batch_size=len(batch), **shown)
         return loss
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
@@ -130,7 +141,7 @@ class FineTuneModule(lightning.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation metric and start it anew."""
-        self.log(self.plan.validation_metric, self.metric.compute().float(), prog_bar=True)
+        self.log(self.plan.validation_metric, self.metric.compute().float(), prog_bar=True, sync_dist=True)
         self.metric.reset()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -156,7 +167,11 @@ class FineTuneModule(lightning.LightningModule):
 
 
 def data_module(
-    plan: Plan, task: SegmentationTask, train_table: MaskTable, validation_table: MaskTable
+    plan: Plan,
+    task: SegmentationTask,
+    train_table: MaskTable,
+    validation_table: MaskTable,
+    kept: DecodedFiles | None = None,
 ) -> MaskDataModule:
     """Return the loaders of training and validation batches, all as the plan has it.
 
@@ -165,13 +180,20 @@ def data_module(
         task: encodes the masks.
         train_table: shuffled, augmented.
         validation_table: in order, only resized.
+        kept: what a check decoded, which goes over into the plan's cache and is empty then.
     """
     rows, shared = len(train_table) + len(validation_table), plan.num_workers > 0
     cache = ImageCache(rows, plan.image_cache, shared=shared) if plan.image_cache else None
     crops = None if plan.tile is None else CropRule(plan.tile, plan.balanced_crops)
+    train = MaskDataset(train_table, task, plan.input_size, plan.augmentation, plan.seed, crops, cache)
+    validation = MaskDataset(validation_table, task, plan.input_size, cache=cache, first_entry=len(train_table))
+    if kept is not None:
+        train.adopt(kept)
+        validation.adopt(kept)
+        kept.clear()
     return MaskDataModule(
-        MaskDataset(train_table, task, plan.input_size, plan.augmentation, plan.seed, crops, cache),
-        MaskDataset(validation_table, task, plan.input_size, cache=cache, first_entry=len(train_table)),
+        train,
+        validation,
         batch_size=plan.micro_batch_size,
         views=plan.views,
         num_workers=plan.num_workers,
@@ -196,6 +218,7 @@ def train(
     state: dict[str, Any] | None = None,
     deadline: float | None = None,
     trainer_options: dict[str, Any] | None = None,
+    processes: Processes = ALONE,
     progress_bar: bool = True,
 ) -> None:
     """Train the network in place and leave its best weights in it.
@@ -214,6 +237,7 @@ def train(
         state: to go on with, from `resume.read_state`; None begins anew.
         deadline: `time.monotonic` seconds at which training, last validation included, must be over.
         trainer_options: passed on to Lightning's trainer by name.
+        processes: that train together, as `trainer_processes` found them; each calls this.
         progress_bar: show Lightning's progress bar.
 
     Raises:
@@ -228,19 +252,25 @@ def train(
     keeper = WeightKeeper(model, plan, result, usage, on_best, on_epoch)
     clock = Clock(plan, deadline)
     patience = _early_stopping(module)
-    loggers, logs = _trackers(options, module, result, data.validation)
+    loggers, logs = _trackers(options, module, result, data.validation, processes)
     callbacks = [clock, usage, keeper, patience, *logs, *options.pop("callbacks", []), *([states] if states else [])]
-    settings = _trainer_settings(plan) | {"enable_progress_bar": progress_bar, "logger": loggers} | options
+    settings = _trainer_settings(plan, processes) | {"enable_progress_bar": progress_bar, "logger": loggers} | options
+    data.processes = processes
+    if "strategy" in settings:
+        lone = any(layer.experts == 1 for layer in expert_layers(model).values())  # nothing to choose: idle gates
+        settings["strategy"] = built_strategy(settings["strategy"], some_unused=lone)
     if states is not None:
         settings["plugins"] = [StateIO(state), *_listed(options.get("plugins"))]
     if state is not None:
-        position = prepare_state(state, plan.micro_batch_size, clock.state_key)
+        position = prepare_state(state, plan.micro_batch_size * processes.count, clock.state_key)
         data.start = position.epoch, position.samples
         clock.deadline = None if deadline is None else deadline - position.seconds
     with _quiet_lightning():
         trainer = lightning.Trainer(callbacks=callbacks, **settings)
-        folder = None if cache_folder is None else cache_folder / f"rank{trainer.global_rank}"
-        with torch.random.fork_rng(), feature_caches(model, plan, data, folder, on_notice) as module.caches:
+        folder = None if cache_folder is None else cache_folder / f"rank{processes.rank}"
+        device = trainer.strategy.root_device
+        cards = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(cards), feature_caches(model, plan, data, folder, on_notice) as module.caches:
             torch.manual_seed(plan.seed)
             interrupted = _fit_or_interrupt(trainer, module, data, None if state is None else f"state{SUFFIX}")
     keeper.restore()
@@ -264,22 +294,27 @@ def _early_stopping(module: FineTuneModule) -> lightning.pytorch.callbacks.Early
 
 
 def _trackers(
-    options: dict[str, Any], module: FineTuneModule, result: TrainingResult, validation: MaskDataset
+    options: dict[str, Any],
+    module: FineTuneModule,
+    result: TrainingResult,
+    validation: MaskDataset,
+    processes: Processes,
 ) -> tuple[list[Any], list[lightning.Callback]]:
     """Take the choice of trackers out of `options`; return its loggers and what logs to them."""
     loggers = build_trackers(options.pop("logger", False), Path(options.get("default_root_dir") or "."))
     if not loggers:
         return [], []
-    log = run_log(loggers, module.plan, result, validation)
+    log = run_log(loggers, module.plan, result, validation, processes)
     module.previews = log.previews
     return loggers, [log]
 
 
-def _trainer_settings(plan: Plan) -> dict[str, Any]:
+def _trainer_settings(plan: Plan, processes: Processes) -> dict[str, Any]:
     """Return what the plan and this module decide of Lightning's trainer."""
     return {
         "max_epochs": plan.max_epochs,
-        "accumulate_grad_batches": plan.batch_size // plan.micro_batch_size,
+        "accumulate_grad_batches": plan.batch_size // (plan.micro_batch_size * processes.count),
+        "devices": 1,
         "precision": plan.precision,
         "gradient_clip_val": plan.gradient_clip,
         "enable_model_summary": False,
@@ -290,12 +325,16 @@ def _trainer_settings(plan: Plan) -> dict[str, Any]:
     }
 
 
+_TALKATIVE = ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.distributed")
+
+
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
     """Keep Lightning's advertisements, and its doubts about what the plan decided, from the user's screen."""
-    talk = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    level = talk.level
-    talk.setLevel(logging.WARNING)
+    talk = [logging.getLogger(f"lightning.{name}") for name in _TALKATIVE]
+    levels = [each.level for each in talk]
+    for each in talk:
+        each.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
             # Loader processes are the plan's decision, and so is an epoch of few batches.
@@ -307,7 +346,8 @@ def _quiet_lightning() -> Iterator[None]:
             warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
             yield
     finally:
-        talk.setLevel(level)
+        for each, level in zip(talk, levels, strict=True):
+            each.setLevel(level)
 
 
 def _fit_or_interrupt(
@@ -332,6 +372,17 @@ def _listed(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def trainer_processes(options: dict[str, Any]) -> tuple[Processes, dict[str, Any]]:
+    """Return which of how many processes this is with these options, and the options with what follows from it.
+
+    Raises:
+        ConfigError: as for `check_trainer_options` and `semseg_automl.processes.arrange`.
+    """
+    checked = check_trainer_options(options)
+    with _quiet_lightning():
+        return arrange(checked)
 
 
 def check_trainer_options(options: dict[str, Any]) -> dict[str, Any]:

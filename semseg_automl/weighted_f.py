@@ -1,12 +1,15 @@
 """Weighted F-measure of one soft foreground map; `valid`, `stretch` and errors are those of `semseg_automl.saliency`.
 
 The measure needs, for every pixel outside the mask, the distance to the mask and, close to it, which pixel of the mask
-is nearest. It is computed on the processor, whatever the device of its input.
+is nearest. It is computed on the processor, whatever the device of its input. The two halves, errors inside and outside
+the mask, do not need each other: where OpenCV has more than one thread, large images take two. What an image scores
+does not depend on that.
 """
 
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
@@ -14,13 +17,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from semseg_automl.saliency import level_values, prepared
+from semseg_automl.soft_map import LEVELS, SoftMap
+
+__all__ = ["takes_two_threads", "weighted_f_measure", "weighted_f_measure_of"]
+
+Numbers = NDArray[np.uint8] | NDArray[np.float64]
 
 _EPS = float(np.finfo(np.float64).eps)  # in the denominators of the authors' code
 _REACH = 3  # the Gaussian has 7 x 7 taps: this many pixels to each side of the centre
 _SIGMA = 5.0
 _HALF = 5.0  # pixels; within it the weight of an error covers half of its way from 1 to 2
-_STRIP = 128  # rows at a time: what belongs to them stays in the cache, and memory is that of a strip
+_STRIP = 64  # rows at a time: what belongs to them stays in the cache
+_WORTH_A_THREAD = 2**17  # pixels; below it starting one costs more than it saves
+_COLLIDES = 256  # columns, of 4 bytes: a width that is a multiple of this is widened by `_GAP`
+_GAP = 16
 _FAR = 2**16 - 1  # squared pixels, the last that 16 bits hold; there the weight is 2 to within 1e-15
 
 
@@ -49,7 +59,8 @@ def _offsets() -> dict[int, list[tuple[int, int]]]:
 _KERNEL = _gaussian()
 _STEPS = _offsets()
 _PAD = max(column for steps in _STEPS.values() for _, column in steps)
-_HALO = _REACH + _PAD  # rows beside a strip: what the Gaussian reaches, and what lends its error to that
+_HALO = _REACH + _PAD  # pixels beside an error: what the Gaussian reaches, and what lends its error to that
+_WINDOW = np.ones((2 * _REACH + 1, 2 * _REACH + 1), dtype=np.uint8)
 # By squared distance in pixels; 0 for distance 0, the mask itself, which is weighed elsewhere.
 _WEIGHTS = np.append(0.0, 2 - np.exp2(-np.sqrt(np.arange(1, _FAR + 1)) / _HALF))
 
@@ -82,69 +93,124 @@ def weighted_f_measure(
     >>> round(weighted_f_measure(mask.double(), mask).item(), 6)
     1.0
     """
-    if prediction.dtype == torch.uint8:
-        table = level_values(prediction, mask, valid, stretch).cpu().numpy()
-        values = prediction.cpu().numpy()
-    else:
-        table, values = None, prepared(prediction, mask, valid, stretch).cpu().numpy()
-    inside = (mask if valid is None else mask & valid).cpu().numpy()
-    foreground = int(np.count_nonzero(inside))
-    if values.size == 0 or (valid is not None and not bool(valid.any())):
+    return weighted_f_measure_of(SoftMap(prediction, mask, valid=valid, stretch=stretch), beta2=beta2)
+
+
+def weighted_f_measure_of(image: SoftMap, *, beta2: float = 1.0) -> Tensor:
+    """`weighted_f_measure` of a map whose tensors are in one object; answer and errors as there."""
+    false_alarm, miss, unit = _errors(image)
+    inside, foreground = image.inside.cpu().numpy(), image.foreground
+    if image.pixels == 0:
         figure = math.nan
     elif foreground == 0:
         figure = 0.0
     else:
-        squared, alarm, missed = _squared_distance(inside), 0.0, 0.0
-        for first in range(0, len(inside), _STRIP):
-            rows = slice(max(0, first - _HALO), first + _STRIP + _HALO)
-            error = np.abs((values[rows] if table is None else table[values[rows]]) - inside[rows])
-            if valid is not None:
-                outside = ~valid[rows].cpu().numpy()
-                error[outside], squared[rows][outside] = 0, _FAR  # no alarm, and too far to take over an error
-            core = slice(first - rows.start, first - rows.start + _STRIP)
-            alarm += float(np.vdot(error[core], _WEIGHTS.take(squared[rows][core])))
-            missed += _missed(error, inside[rows], squared[rows], core)
+        present = None if image.valid is None else image.valid.cpu().numpy()
+        if takes_two_threads(image):
+            with ThreadPoolExecutor(1) as beside:
+                half = beside.submit(_missed, miss, inside, present)
+                alarm, missed = _alarm(false_alarm, inside) / unit, half.result() / unit
+        else:
+            alarm, missed = _alarm(false_alarm, inside) / unit, _missed(miss, inside, present) / unit
         caught = foreground - missed
         precision, recall = caught / (caught + alarm + _EPS), 1 - missed / foreground
         figure = (1 + beta2) * recall * precision / (recall + beta2 * precision + _EPS)
-    return torch.tensor(figure, dtype=torch.float64, device=prediction.device)
+    return torch.tensor(figure, dtype=torch.float64, device=image.prediction.device)
 
 
-def _squared_distance(inside: NDArray[np.bool_]) -> NDArray[np.uint16]:
-    """Squared distance in pixels of each pixel to ``inside (H, W)``, which is not empty, but at most `_FAR`."""
-    outside = np.logical_not(inside).view(np.uint8)
-    distance = cv2.distanceTransform(outside, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    # Rounds to nearest and saturates; the square of a float32 root is within 0.02 of the integer it came from.
-    return np.asarray(cv2.multiply(distance, distance, dtype=cv2.CV_16U), dtype=np.uint16)
+def takes_two_threads(image: SoftMap) -> bool:
+    """Whether a second thread shortens the wait: OpenCV may use two (`cv2.setNumThreads`), and the image is large."""
+    return image.mask.numel() >= _WORTH_A_THREAD and cv2.getNumThreads() > 1
 
 
-def _missed(error: NDArray[np.float64], inside: NDArray[np.bool_], squared: NDArray[np.uint16], core: slice) -> float:
-    """Sum over the mask in the rows `core` of the smaller of each pixel's error and its Gaussian mean.
+def _errors(image: SoftMap) -> tuple[Numbers, Numbers, int]:
+    """Return ``(false_alarm, miss, unit)``: two arrays ``(H, W)`` in `unit`-ths of an error.
+
+    `false_alarm` is the prediction's height above its floor, the error of the pixels outside the mask; `miss` the error
+    of those inside, 0 elsewhere. Both are 0 at pixels that are not valid. An 8-bit prediction keeps whole levels, whose
+    sums need no float64 until they are weighed.
+    """
+    if image.has_levels:
+        low, high = (int(bound) for bound in image.bounds)
+        floor, top = (low, high) if image.stretch and low < high else (0, LEVELS - 1)
+        # Wraps around only where a pixel is not valid.
+        above, below = image.prediction - floor, top - image.prediction
+        unit = top - floor
+    else:
+        above, below, unit = image.values, 1 - image.values, 1
+    if image.valid is not None:
+        above = torch.where(image.valid, above, 0)
+    # A product is faster, but would keep NaN.
+    miss = below * image.inside if image.has_levels else torch.where(image.inside, below, 0)
+    return above.cpu().numpy(), miss.cpu().numpy(), unit
+
+
+def _alarm(false_alarm: Numbers, inside: NDArray[np.bool_]) -> float:
+    """Sum over the pixels outside ``inside (H, W)``, which is not empty, of their errors by their distance from it."""
+    height, width = inside.shape
+    # OpenCV walks down columns, and rows a power of two apart compete for the same lines of the cache, which costs it
+    # a sixth of its time. More columns outside the mask change no distance.
+    outside = np.ones((height, width + (0 if width % _COLLIDES else _GAP)), dtype=np.uint8)
+    np.logical_not(inside, out=outside[:, :width], casting="unsafe")
+    distance = cv2.distanceTransform(outside, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[:, :width]
+    total = 0.0
+    for first in range(0, height, _STRIP):
+        strip = slice(first, first + _STRIP)
+        # Rounds to nearest and saturates; the square of a float32 root is within 0.02 of the integer it came from.
+        squared = cv2.multiply(distance[strip], distance[strip], dtype=cv2.CV_16U)
+        weights = _WEIGHTS.take(squared.astype(np.intp), mode="clip")  # "clip" skips a check that no 16 bits fail
+        total += float(np.vdot(weights, false_alarm[strip].astype(np.float64)))
+    return total
+
+
+def _missed(miss: Numbers, inside: NDArray[np.bool_], valid: NDArray[np.bool_] | None) -> float:
+    """Sum over the mask of the smaller of each pixel's error and its Gaussian mean.
 
     Args:
-        error: ``(H, W)``, with `_HALO` rows beside `core` where the image has them.
+        miss: ``(H, W)``, the errors inside the mask, 0 outside.
         inside: ``(H, W)``, the mask.
-        squared: ``(H, W)``, squared distance to the mask.
-        core: Rows.
+        valid: ``(H, W)``, or None; the others are lent no error.
     """
-    if not inside[core].any():
+    wrong = (miss > 0).view(np.uint8)
+    left, top, width, height = cv2.boundingRect(wrong)
+    if width == 0:
         return 0.0
-    inner = (slice(_PAD, -_PAD), slice(_PAD, -_PAD))
+    # Where a pixel's own error is 0 it is the smaller one, so that nothing beyond this box matters.
+    box = (slice(max(0, top - _HALO), top + height + _HALO), slice(max(0, left - _HALO), left + width + _HALO))
+    miss, inside = miss[box], inside[box]
+    waiting = (cv2.dilate(wrong[box], _WINDOW) > 0) & ~inside
+    if valid is not None:
+        waiting &= valid[box]
+    spread = _lent(miss, inside, waiting)
+    total = 0.0
+    for first in range(0, len(miss), _STRIP):
+        error = miss[first : first + _STRIP].astype(np.float64)
+        # From `_REACH` rows above the strip to as many below it, which the padding always has.
+        around = spread[first + _PAD - _REACH : first + _PAD + len(error) + _REACH]
+        smooth = cv2.sepFilter2D(around, cv2.CV_64F, _KERNEL, _KERNEL, borderType=cv2.BORDER_CONSTANT)
+        total += float(np.minimum(error, smooth[_REACH:-_REACH, _PAD:-_PAD], out=error).sum())
+    return total
+
+
+def _lent(miss: Numbers, inside: NDArray[np.bool_], waiting: NDArray[np.bool_]) -> Numbers:
+    """Return `miss` with `_PAD` zeros on all sides and, outside the mask, the errors of the nearest pixels of the mask.
+
+    Args:
+        miss: ``(H, W)``, errors inside the mask, 0 outside.
+        inside: ``(H, W)``, the mask.
+        waiting: ``(H, W)``, pixels outside the mask that take over an error if a mask pixel is within reach.
+    """
+    spread = np.pad(np.asarray(miss), _PAD)
     padded = np.pad(inside, _PAD).reshape(-1)
-    spread = np.zeros((inside.shape[0] + 2 * _PAD, inside.shape[1] + 2 * _PAD))
-    np.multiply(error, inside, out=spread[inner])
     stride, flat = spread.shape[1], spread.reshape(-1)
-    near = np.flatnonzero((squared > 0) & (squared <= 2 * _REACH**2))
-    rows, columns = np.divmod(near, squared.shape[1])
-    lengths, places = squared.reshape(-1)[near], (rows + _PAD) * stride + columns + _PAD
-    for length, steps in _STEPS.items():
-        waiting = places[lengths == length]
-        for row, column in steps:
-            nearest = waiting + (row * stride + column)
-            found = padded[nearest]
-            flat[waiting[found]] = flat[nearest[found]]
-            waiting = waiting[~found]
-    smooth = cv2.sepFilter2D(spread, cv2.CV_64F, _KERNEL, _KERNEL, borderType=cv2.BORDER_CONSTANT)[inner]
-    chosen = inside[core]
-    # Outside the mask `spread` holds what other pixels lent it.
-    return float(np.minimum(smooth[core][chosen], error[core][chosen]).sum())
+    places = np.flatnonzero(np.pad(waiting, _PAD))
+    for length in sorted(_STEPS):
+        done = np.zeros(len(places), dtype=np.bool_)
+        for row, column in reversed(_STEPS[length]):  # so that the step that comes first is written last
+            nearest = places + (row * stride + column)
+            found = padded.take(nearest)
+            hits = np.flatnonzero(found)
+            flat[places.take(hits)] = flat.take(nearest.take(hits))
+            done |= found
+        places = places[~done]
+    return spread

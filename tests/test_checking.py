@@ -271,3 +271,13 @@ def test_check_data__real_data__finds_what_is_wrong_with_it(
     rows = found[~found["kind"].isin(["unusual share", "small objects", "near duplicate", "empty mask"])]
     assert len(rows) == (0 if kind == "near duplicate" else 1)
     assert ((found["split"] == split) & (found["row"] == row) & (found["kind"] == kind)).any()
+
+
+def test_report__file_name_that_is_no_text__can_be_printed_and_written(drawn: Path) -> None:
+    frame = pd.read_csv(drawn / "train.csv").map(lambda cell: str(drawn / cell))
+    frame.loc[0, "image"] = f"{drawn}/\udcff\x1b[31mgone.png"
+    report = check_data(frame, path=drawn / "check.html")
+    assert "gone.png" in str(report)
+    assert "\x1b" not in str(report)
+    str(report).encode("utf-8")
+    assert "gone.png" in (drawn / "check.html").read_text(encoding="utf-8")

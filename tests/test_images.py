@@ -130,8 +130,6 @@ def test_read_image__damaged_exif__warns_by_name(tmp_path: Path) -> None:
         assert read_image(path).shape == (40, 60, 3)
 
 
-# Pillow warns of some of these damages before it raises; outside the tests warnings are no errors.
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF", "ignore:Truncated File Read")
 @pytest.mark.parametrize(
     ("suffix", "options"),
     [
@@ -161,7 +159,6 @@ def test_read_image__truncated_anywhere__raises(tmp_path: Path, suffix: str, opt
         assert "remove the row" in str(caught.value) or "allowed are" in str(caught.value)
 
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF", "ignore:Truncated File Read")
 @pytest.mark.parametrize("suffix", [".png", ".tiff"])
 def test_read_image__truncated_sixteen_bits__raises(tmp_path: Path, suffix: str) -> None:
     deep = np.random.default_rng(0).integers(0, 65536, (50, 60, 3), dtype=np.uint16)

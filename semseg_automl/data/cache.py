@@ -95,6 +95,11 @@ class ImageCache:
             self._index[entry, 0] = _READY
 
     @property
+    def found_by_loaders(self) -> bool:
+        """Whether what is put in now is there for loader processes that are started later."""
+        return not self.shared or multiprocessing.get_start_method() == "fork"
+
+    @property
     def used(self) -> int:
         """Bytes in use, by all processes."""
         with self._lock:

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from semseg_automl.data.encodings import NUMBERS, MaskEncoding
 from semseg_automl.data.images import read_image, read_stored_mask
+from semseg_automl.data.kept import DecodedFiles
 from semseg_automl.data.table import MaskTable
 from semseg_automl.errors import DataError
 
@@ -36,19 +37,22 @@ class RowCheck:
     """How the mask stores its values."""
 
 
-def check_rows(table: MaskTable, *, workers: int | None = None, progress: bool = False) -> list[RowCheck]:
+def check_rows(
+    table: MaskTable, *, workers: int | None = None, progress: bool = False, keep: DecodedFiles | None = None
+) -> list[RowCheck]:
     """Open every image and mask once and return what is in them, in the order of the table.
 
     Args:
         table: What to check; without masks only the images are opened.
         workers: Threads; by default one for each processor this program may use.
         progress: Whether to show a progress bar on the terminal.
+        keep: Takes in what is decoded of usable rows, in order as long as there is room; None keeps nothing.
 
     Raises:
         DataError: Rows cannot be used: a file is missing, unreadable or truncated, or a mask has another size
             than its image. One error lists them all, the first 20 in full.
     """
-    results = _checked(table, workers=workers, progress=progress)
+    results = _checked(table, workers=workers, progress=progress, keep=keep)
     problems = [result for result in results if isinstance(result, str)]
     if problems:
         count = "1 row" if len(problems) == 1 else f"{len(problems)} rows"
@@ -57,7 +61,7 @@ def check_rows(table: MaskTable, *, workers: int | None = None, progress: bool =
 
 
 def usable_rows(
-    table: MaskTable, *, workers: int | None = None, progress: bool = False
+    table: MaskTable, *, workers: int | None = None, progress: bool = False, keep: DecodedFiles | None = None
 ) -> tuple[MaskTable, list[RowCheck], list[str]]:
     """Leave the rows out that :func:`check_rows` would refuse.
 
@@ -65,6 +69,7 @@ def usable_rows(
         table: As for :func:`check_rows`.
         workers: As for :func:`check_rows`.
         progress: As for :func:`check_rows`.
+        keep: As for :func:`check_rows`.
 
     Returns:
         The usable rows in the order of `table`, what is in each, and for each row left out its name and why.
@@ -72,7 +77,7 @@ def usable_rows(
     Raises:
         DataError: Fewer than two rows can be used; the error lists why the others cannot.
     """
-    results = _checked(table, workers=workers, progress=progress)
+    results = _checked(table, workers=workers, progress=progress, keep=keep)
     dropped = [result for result in results if isinstance(result, str)]
     kept = [position for position, result in enumerate(results) if isinstance(result, RowCheck)]
     if dropped and len(kept) < 2:
@@ -114,18 +119,21 @@ def size_mismatch(table: MaskTable, position: int, image: tuple[int, int], mask:
     )
 
 
-def _checked(table: MaskTable, *, workers: int | None, progress: bool) -> list[RowCheck | str]:
-    return each_row(lambda position: _check_row(table, position), len(table), workers=workers, progress=progress)
+def _checked(
+    table: MaskTable, *, workers: int | None, progress: bool, keep: DecodedFiles | None
+) -> list[RowCheck | str]:
+    return each_row(lambda position: _check_row(table, position, keep), len(table), workers=workers, progress=progress)
 
 
-def _check_row(table: MaskTable, position: int) -> RowCheck | str:
+def _check_row(table: MaskTable, position: int, keep: DecodedFiles | None) -> RowCheck | str:
     """Return what is in a row, or why it cannot be used."""
     name = table.row_name(position)
     try:
         image = read_image(table.images[position], name=name)
         size = image.shape[0], image.shape[1]
-        del image
         if table.masks is None:
+            if keep is not None:
+                keep.keep(table, position, image, None)
             return RowCheck(size=size, value_counts={})
         mask = read_stored_mask(table.masks[position], name=name)
     except DataError as error:
@@ -133,6 +141,8 @@ def _check_row(table: MaskTable, position: int) -> RowCheck | str:
     wrong = size_mismatch(table, position, size, (mask.pixels.shape[0], mask.pixels.shape[1]))
     if wrong is not None:
         return wrong
+    if keep is not None:
+        keep.keep(table, position, image, mask)
     counts, encoding = mask.survey()
     return RowCheck(size=size, value_counts=counts, encoding=encoding)
 

@@ -11,7 +11,7 @@ import os
 import re
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 # A JPEG marker that is neither a stuffed zero, nor a restart, nor a fill byte (ITU-T T.81, B.1.1.2).
@@ -54,7 +54,7 @@ def jpeg_flaw(data: bytes, size: tuple[int, int], layers: Sequence[Sequence[Any]
     down = max((layer[2] for layer in layers), default=0) or 1
     width, height = size
     blocks = sum(-(-width * layer[1] // (8 * across)) * -(-height * layer[2] // (8 * down)) for layer in layers)
-    if 8 * len(data) < blocks * (1 if progressive else 2):
+    if 2 * len(data) < blocks * (1 if progressive else 2):
         return f"{len(data):,} bytes are too few for a JPEG of {height} x {width} pixels"
     return ""
 
@@ -135,6 +135,34 @@ def tiff_flaw(stream: BinaryIO) -> str:
     except struct.error:
         return "a directory of the TIFF ends outside the file"
     return ""
+
+
+def tiff_pixels_flaw(tags: Mapping[int, Any]) -> str:
+    """Return what is wrong with the number of strips or tiles of a TIFF (TIFF 6.0, sections 3 and 15), or nothing.
+
+    Args:
+        tags: Numbers, or tuples of them, by the number of the tag.
+
+    >>> tiff_pixels_flaw({256: 32, 257: 24, 273: (8, 1544), 278: 16})
+    ''
+    >>> tiff_pixels_flaw({256: 32, 257: 33, 273: (8, 1544), 278: 16})
+    'the TIFF has 2 of 3 strips'
+    """
+
+    def number(tag: int, default: int) -> int:
+        value = tags.get(tag)
+        return value if isinstance(value, int) and value > 0 else default
+
+    width, height = number(256, 1), number(257, 1)
+    planes = number(277, 1) if number(284, 1) == 2 else 1
+    kind = "tiles" if 324 in tags else "strips"
+    if kind == "tiles":
+        wanted = planes * -(-width // number(322, width)) * -(-height // number(323, height))
+    else:
+        wanted = planes * -(-height // min(number(278, height), height))
+    found = tags.get(324 if kind == "tiles" else 273, ())
+    there = len(found) if isinstance(found, tuple) else 1
+    return f"the TIFF has {there} of {wanted} {kind}" if there < wanted else ""
 
 
 def exif_orientation(block: bytes) -> int | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -20,11 +20,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from semseg_automl.data.cache import ImageCache
+from semseg_automl.data.checks import each_row
 from semseg_automl.data.crops import CropRule, cut, draw_corner
-from semseg_automl.data.images import read_image, read_mask
+from semseg_automl.data.kept import DecodedFiles, image_of, mask_of
 from semseg_automl.data.table import MaskTable
 from semseg_automl.data.transforms import Geometry, augment, resize, resize_mask
 from semseg_automl.hardware import usable_cores
+from semseg_automl.processes import ALONE, Processes
 from semseg_automl.task import IGNORE_INDEX, SegmentationTask
 from semseg_automl.third_party import lightning
 from semseg_automl.tiling import TileGrid, tile_grid
@@ -195,17 +197,31 @@ class MaskDataset(Dataset[Sample]):
         with ThreadPoolExecutor(threads) as pool:
             return list(pool.map(self.__getitem__, indices))
 
-    def _decoded(self, row: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        """Read image and encoded mask of a row, from memory where they fit."""
+    def adopt(self, kept: DecodedFiles) -> None:
+        """Move what was decoded of these rows before into the cache, masks encoded, as long as there is room.
+
+        Images go over one by one, so that memory never holds one twice. Loader processes that are not forked would not
+        find them: nothing is moved then.
+
+        Args:
+            kept: What a check decoded.
+
+        Raises:
+            DataError: A mask holds a value that the task does not know.
+        """
+        if self.cache is None or not self.cache.found_by_loaders:
+            return
+        rows = [row for row in range(len(self.table)) if kept.holds(self.table, row)]
+        each_row(lambda i: self._decoded(rows[i], kept), len(rows), workers=None, progress=False)
+
+    def _decoded(self, row: int, before: DecodedFiles | None = None) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """Read image and encoded mask of a row, from memory where they fit, or were decoded before."""
         kept = None if self.cache is None else self.cache.get(self.first_entry + row)
         if kept is not None:
             return kept
-        if self.table.masks is None:
-            raise ValueError("MaskDataset needs a table with masks")
-        name = self.table.row_name(row)
-        image = read_image(self.table.images[row], name=name)
-        stored = read_mask(self.table.masks[row], name=name, colours=self.task.colours)
-        mask = self.task.encode(stored, name=name)
+        image = image_of(self.table, row, before)
+        stored = mask_of(self.table, row, colours=self.task.colours, kept=before)
+        mask = self.task.encode(stored, name=self.table.row_name(row))
         if self.cache is not None:
             self.cache.put(self.first_entry + row, image, mask)
         return image, mask
@@ -265,23 +281,37 @@ class ViewSampler(Sampler[int]):
         seed: of the order.
         cached_views: different views of a row in the whole training, which come round and round; 0 for new ones
             every epoch.
+        batch_size: samples per batch of one process.
+        processes: that share the epoch, batch by batch in turns: what one process would see in so many batches, they
+            see in one each. The last turn is left out if it is not whole.
     """
 
-    def __init__(self, rows: int, views: int, seed: int, cached_views: int = 0) -> None:
+    def __init__(
+        self,
+        rows: int,
+        views: int,
+        seed: int,
+        cached_views: int = 0,
+        batch_size: int = 1,
+        processes: Processes = ALONE,
+    ) -> None:
         self.rows = rows
         self.views = views
         self.seed = seed
         self.cached_views = cached_views
+        self.batch_size = batch_size
+        self.processes = processes
         self.epoch = 0
         self.done = 0
 
     def start_at(self, epoch: int, done: int) -> None:
-        """Begin with what is left of an epoch of which `done` samples were trained on before a kill."""
+        """Begin with what is left of an epoch of which all processes had trained on `done` samples before a kill."""
         self.epoch, self.done = epoch, done
 
     def __len__(self) -> int:
-        """Return the samples of one epoch."""
-        return self.rows * self.views
+        """Return the samples of one epoch that this process gets."""
+        samples, count = self.rows * self.views, self.processes.count
+        return samples if count == 1 else samples // (self.batch_size * count) * self.batch_size
 
     def set_epoch(self, epoch: int) -> None:
         """Name the epoch to draw next; Lightning calls this."""
@@ -289,7 +319,19 @@ class ViewSampler(Sampler[int]):
             self.epoch, self.done = epoch, 0
 
     def __iter__(self) -> Iterator[int]:
-        """Yield the epoch's indices."""
+        """Yield the epoch's indices of this process."""
+        if not self.processes.are_several:
+            yield from self._all()
+            return
+        turn = self.batch_size * self.processes.count
+        for place, index in enumerate(self._all(), start=self.done):
+            if place >= self.rows * self.views // turn * turn:
+                return
+            if place % turn // self.batch_size == self.processes.rank:
+                yield index
+
+    def _all(self) -> Iterator[int]:
+        """Yield the epoch's indices, of all processes."""
         rng = np.random.default_rng([self.seed, self.epoch])
         first_view = self.epoch * self.views
         left = self.done
@@ -337,27 +379,31 @@ class MaskDataModule(lightning.LightningDataModule):
         self.tile = tile
         self.start = 0, 0
         """Epoch, and samples of it that were trained on before: where `train_dataloader` begins."""
+        self.processes = ALONE
+        """Those that share the samples, of which each loads its own."""
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Return shuffled batches; a last incomplete one is left out, its rows come in other epochs."""
-        sampler = ViewSampler(len(self.train), self.views, self.seed, self.cached_views)
+        shown = len(self.train), self.views, self.seed, self.cached_views
+        sampler = ViewSampler(*shown, self.batch_size, self.processes)
         sampler.start_at(*self.start)
         size = min(self.batch_size, len(sampler))
         return self._loader(self.train, size, sampler=sampler, drop_last=True, collate_fn=collate_for_training)
 
     def val_dataloader(self) -> DataLoader[Sample] | DataLoader[TiledSample]:
-        """Return the validation rows in order; in tiles, the tiles of one row are a batch."""
+        """Return the validation rows in order, each to one process; in tiles, the tiles of one row are a batch."""
+        rows = range(self.processes.rank, len(self.validation), self.processes.count)
         if self.tile is not None:
             tiles = TileDataset(self.validation, self.tile)
-            return self._loader(tiles, 1, sampler=None, drop_last=False, collate_fn=collate_tiles)
-        return self._loader(self.validation, self.batch_size, sampler=None, drop_last=False)
+            return self._loader(tiles, 1, sampler=rows, drop_last=False, collate_fn=collate_tiles)
+        return self._loader(self.validation, self.batch_size, sampler=rows, drop_last=False)
 
     def _loader(
         self,
         data: Dataset[T],
         batch_size: int,
         *,
-        sampler: Sampler[int] | None,
+        sampler: Iterable[int],
         drop_last: bool,
         collate_fn: Callable[[list[Any]], Batch] = collate,
     ) -> DataLoader[T]:

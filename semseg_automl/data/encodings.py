@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from semseg_automl.data.colours import pack
 from semseg_automl.errors import DataError
@@ -119,7 +120,7 @@ def count_values(values: NDArray[Any]) -> dict[int, int]:
     {7: 3, 300: 1}
     """
     if values.dtype == np.uint8:
-        counts = np.bincount(values.ravel(), minlength=256)
+        counts = _histogram(values)
         return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
     flat = values.ravel()
     # Runs of equal pixels first: labels have few, and sorting them is what takes the time.
@@ -137,7 +138,20 @@ def count_areas(values: NDArray[Any]) -> dict[int, int]:
     """
     beside = values[:, 1:] == values[:, :-1]
     above = values[1:] == values[:-1]
-    return count_values(values[1:, 1:][beside[1:] & beside[:-1] & above[:, 1:]])
+    inside = beside[1:] & beside[:-1] & above[:, 1:]
+    if values.dtype != np.uint8:
+        return count_values(values[1:, 1:][inside])
+    # To gather what lies inside takes longer than to count all and correct the zeros.
+    counts = _histogram(values[1:, 1:] * inside)
+    counts[0] -= inside.size - np.count_nonzero(inside)
+    return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
+
+
+def _histogram(values: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Count each of the 256 values. `numpy.bincount` would make eight bytes of each pixel first; twice the time."""
+    if not values.size:
+        return np.zeros(256, np.int64)
+    return np.array(Image.fromarray(values.reshape(1, -1)).histogram(), np.int64)
 
 
 def plain_mask(pixels: NDArray[Any], name: str) -> NDArray[np.uint8] | NDArray[np.int32]:

@@ -1,43 +1,38 @@
 """The only reader and writer of image files: pixels in, pixels out, or an error that names the file.
 
-Formats are recognised by their first bytes, never by the suffix, and only JPEG, PNG, BMP, TIFF, WebP and NumPy's
-.npy are opened. Pillow reads the header, so a size is known and checked before anything is decoded; the common kinds
-of JPEG and PNG are then decoded by OpenCV, which is faster, the others by Pillow. JPEG and PNG are walked
-segment by segment before, because some OpenCV versions fill the missing part of a truncated file with grey
-and say nothing.
+Only JPEG, PNG, BMP, TIFF, WebP and NumPy's .npy are opened. Pillow reads the header, so a size is known and checked
+before anything is decoded; the common kinds of JPEG and PNG are then decoded by OpenCV, which is faster, the others by
+Pillow. What decoders would fill with grey or black without a word is found before
+(:mod:`semseg_automl.data.completeness`).
 
-Not here: what mask values mean (:mod:`semseg_automl.task`), resizing (:mod:`semseg_automl.data.transforms`),
-how masks store classes (:mod:`semseg_automl.data.encodings`), tables (:mod:`semseg_automl.data.table`).
+Not here: formats and headers (:mod:`semseg_automl.data.headers`), what mask values mean (:mod:`semseg_automl.task`),
+resizing (:mod:`semseg_automl.data.transforms`), how masks store classes (:mod:`semseg_automl.data.encodings`), tables
+(:mod:`semseg_automl.data.table`).
 """
 
 from __future__ import annotations
 
 import io
 import os
-import re
 import secrets
 import stat
-import struct
-import warnings
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, TypeAlias
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from PIL.BmpImagePlugin import BmpImageFile
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
-from PIL.WebPImagePlugin import WebPImageFile
 
 from semseg_automl.data import completeness
 from semseg_automl.data.drawn import DrawnMask
 from semseg_automl.data.encodings import StoredMask, plain_mask
+from semseg_automl.data.headers import DAMAGE, amount_flaw, damaged, open_header, orientation
 from semseg_automl.data.npy import NPY_START, npy_shape, read_npy
 from semseg_automl.data.palettes import palette_of, palette_png
 from semseg_automl.errors import DataError
@@ -52,29 +47,8 @@ to keep to Pillow's own limit, twice ``PIL.Image.MAX_IMAGE_PIXELS``."""
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
 """The suffixes, in lower case, by which a folder is searched for images."""
 
-# First bytes -> reader. The classes are used directly, not through Image.open, which warns from 89
-# megapixels on, offers every format Pillow knows, and takes the several pictures of a phone's JPEG for a
-# format of its own.
-_SIGNATURES: tuple[tuple[re.Pattern[bytes], type[ImageFile]], ...] = (
-    (re.compile(rb"\xff\xd8\xff"), JpegImageFile),
-    (re.compile(rb"\x89PNG\r\n\x1a\n"), PngImageFile),
-    (re.compile(rb"BM"), BmpImageFile),
-    (re.compile(rb"II[*+]\0|MM\0[*+]"), TiffImageFile),
-    (re.compile(rb"RIFF....WEBP", re.DOTALL), WebPImageFile),
-)
-
-# What decoders are seen to raise on damaged bytes. Pillow's plugins parse with plain indexing and struct, so
-# errors of the language reach the caller.
-_LANGUAGE = (SyntaxError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, EOFError)
-# UserWarning: Pillow's about a damaged TIFF, where the caller turns warnings into errors.
-_TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-_LIBRARIES = (OSError, UserWarning, struct.error, zlib.error, cv2.error, *_TOO_LARGE)
-_DAMAGE = (*_LANGUAGE, *_LIBRARIES)
-
 _EXIF_ORIENTATION = 0x0112
 _TIFF_BITS_PER_SAMPLE = 258
-_TIFF_SUBFILE_TYPE = 254
-_ALLOWED = "allowed are JPEG, PNG, BMP, TIFF, WebP and .npy"
 
 
 def read_image(source: ImageSource, *, name: str | None = None) -> NDArray[np.uint8]:
@@ -106,7 +80,7 @@ def read_image(source: ImageSource, *, name: str | None = None) -> NDArray[np.ui
         _check_pixels(source.size, name)
         return _rgb(_pixels_of(_upright(source, name), name, as_stored=False), name)
     data, header = _open(source, name)
-    return _rgb(_orient(_decode(header, data, name), _orientation(header, name)), name)
+    return _rgb(_orient(_decode(header, data, name), orientation(header, name)), name)
 
 
 def read_mask(
@@ -154,12 +128,13 @@ def read_stored_mask(source: ImageSource, *, name: str | None = None) -> StoredM
         pixels = source if isinstance(source, np.ndarray) else read_npy(source, name)
     else:
         data, header = _open(source, name)
-        pixels = _decode_deep(data, name) if _is_deep(header, data) else _by_pillow(header, data, name, as_stored=True)
+        deep = _is_deep(header, data)
+        pixels = _decode_deep(data, name) if deep else _pixels_of(header, name, as_stored=True, data=data)
         palette = palette_of(header)
         if isinstance(header, PngImageFile) and data[25] == 0 and data[24] in (2, 4):
             # Pillow spreads 2 and 4 bits of grey over 0..255; the file stores 0..3 and 0..15.
             pixels = pixels // (255 // (2 ** data[24] - 1))
-        pixels = _orient(pixels, _orientation(header, name))
+        pixels = _orient(pixels, orientation(header, name))
     if pixels.ndim in (2, 3):
         _check_pixels((pixels.shape[1], pixels.shape[0]), name)
     return StoredMask(plain_mask(pixels, name), palette)
@@ -189,9 +164,9 @@ def image_size(source: ImageSource, *, name: str | None = None) -> tuple[int, in
     _check_plain_file(source, name)
     try:
         with open(source, "rb") as stream:
-            header = _open_header(stream, name)
+            header = open_header(stream, name)
             width, height = header.size
-            return (width, height) if _orientation(header, name) >= 5 else (height, width)
+            return (width, height) if orientation(header, name) >= 5 else (height, width)
     except OSError as error:
         raise DataError(f"{name}: cannot be read ({error.strerror}); check its permissions and the disk") from error
 
@@ -285,49 +260,12 @@ def _open(path: str | os.PathLike[str], name: str) -> tuple[bytes, ImageFile]:
     except OSError as error:
         raise DataError(f"{name}: cannot be read ({error.strerror}); check its permissions and the disk") from error
     if data.startswith(completeness.PNG_START) and (flaw := completeness.png_flaw(data)):
-        raise _damaged(name, flaw)
-    header = _open_header(io.BytesIO(data), name)
+        raise damaged(name, flaw)
+    header = open_header(io.BytesIO(data), name)
     _check_pixels(header.size, name)
-    if isinstance(header, JpegImageFile):
-        progressive = "progressive" in header.info
-        if flaw := completeness.jpeg_flaw(data, header.size, header.layer, progressive=progressive):
-            raise _damaged(name, flaw)
+    if flaw := amount_flaw(header, data):
+        raise damaged(name, flaw)
     return data, header
-
-
-def _open_header(stream: BinaryIO, name: str) -> ImageFile:
-    start = stream.read(16)
-    reader = next((reader for signature, reader in _SIGNATURES if signature.match(start)), None)
-    if reader is None:
-        raise DataError(f"{name}: not an image that is read here (it starts with {start[:8]!r}); {_ALLOWED}")
-    if reader is TiffImageFile and (flaw := completeness.tiff_flaw(stream)):
-        raise _damaged(name, flaw)
-    stream.seek(0)
-    try:
-        header = reader(stream)
-        pages = _pages(header)
-    except _DAMAGE as error:
-        raise _damaged(name, error) from error
-    if pages > 1:
-        raise DataError(f"{name}: a TIFF of {pages} pages; write each page to a file of its own")
-    return header
-
-
-def _pages(header: ImageFile) -> int:
-    """Count the pages of a TIFF; reduced copies of the first (as in cloud-optimised GeoTIFF) are none."""
-    if not isinstance(header, TiffImageFile) or header.n_frames == 1:
-        return 1
-    header.seek(1)
-    reduced = int(header.tag_v2.get(_TIFF_SUBFILE_TYPE, 0)) & 1
-    header.seek(0)
-    return 1 if reduced else header.n_frames
-
-
-def _damaged(name: str, error: BaseException | str) -> DataError:
-    if isinstance(error, _TOO_LARGE):
-        return DataError(f"{name}: {error}; cut the image into smaller ones, or raise PIL.Image.MAX_IMAGE_PIXELS")
-    kind = ", or a TIFF of a rare kind" if isinstance(error, SyntaxError) else ""
-    return DataError(f"{name}: truncated or damaged{kind} ({error}); copy the file again or remove the row")
 
 
 def _check_pixels(size: tuple[int, int], name: str) -> None:
@@ -362,63 +300,48 @@ def _decode(header: ImageFile, data: bytes, name: str) -> NDArray[Any]:
         return _decode_deep(data, name)
     if isinstance(header, (JpegImageFile, PngImageFile)) and header.mode in ("L", "RGB", "RGBA"):
         return _opencv(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION, name)
-    return _by_pillow(header, data, name, as_stored=False)
-
-
-def _by_pillow(header: ImageFile, data: bytes, name: str, *, as_stored: bool) -> NDArray[Any]:
-    if isinstance(header, PngImageFile) and (flaw := completeness.png_pixels_flaw(data)):
-        raise _damaged(name, flaw)
-    return _pixels_of(header, name, as_stored=as_stored)
+    return _pixels_of(header, name, as_stored=False, data=data)
 
 
 def _opencv(data: bytes, flags: int, name: str) -> NDArray[Any]:
     try:
         pixels = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), flags)
     except cv2.error as error:
-        raise _damaged(name, error) from error
+        raise damaged(name, error) from error
     if pixels is None:
-        raise _damaged(name, "OpenCV could not decode it")
+        raise damaged(name, "OpenCV could not decode it")
     return pixels
 
 
-def _pixels_of(image: Image.Image, name: str, *, as_stored: bool) -> NDArray[Any]:
-    """Decode a Pillow image; `as_stored` keeps palette indices and the two values of a bitmap."""
+def _pixels_of(image: Image.Image, name: str, *, as_stored: bool, data: bytes = b"") -> NDArray[Any]:
+    """Decode a Pillow image, of the file `data`; `as_stored` keeps palette indices and the two values of a bitmap."""
+    if data and isinstance(image, PngImageFile) and (flaw := completeness.png_pixels_flaw(data)):
+        raise damaged(name, flaw)
     try:
         if not as_stored and image.mode not in ("F", "I") and not image.mode.startswith("I;"):
             if "transparency" in image.info:
                 image = image.convert("RGBA")  # Pillow warns when a palette's transparency is dropped at once
             image = image.convert("RGB")
         pixels = np.asarray(image)
-    except _DAMAGE as error:
-        raise _damaged(name, error) from error
+    except DAMAGE as error:
+        raise damaged(name, error) from error
     return pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
 
 
 def _upright(image: Image.Image, name: str) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except _DAMAGE as error:
-        raise _damaged(name, error) from error
+    except DAMAGE as error:
+        raise damaged(name, error) from error
 
 
-def _orientation(header: ImageFile, name: str) -> int:
-    """Return the EXIF orientation, 1 to 8, that the decoders leave to us (both turn a TIFF themselves)."""
-    block = header.info.get("exif")
-    if isinstance(header, TiffImageFile) or not block:
-        return 1
-    value = completeness.exif_orientation(block)
-    if value is None:
-        warnings.warn(f"{name}: its EXIF block is damaged, so the image is read unturned", stacklevel=2)
-    return value or 1
-
-
-def _orient(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
+def _orient(pixels: NDArray[Any], turned: int) -> NDArray[Any]:
     """Undo an EXIF orientation (CIPA DC-008, 4.6.4): 5 to 8 are mirrored along the diagonal as well."""
-    if orientation >= 5:
+    if turned >= 5:
         pixels = pixels.swapaxes(0, 1)
-    if orientation in (3, 4, 7, 8):
+    if turned in (3, 4, 7, 8):
         pixels = pixels[::-1]
-    if orientation in (2, 3, 6, 7):
+    if turned in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]
     return np.ascontiguousarray(pixels)
 
