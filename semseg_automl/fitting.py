@@ -98,17 +98,13 @@ def fit_bundle(
     result = TrainingResult()
     bundle = Bundle(seeded_model(plan), plan, task)
     saver = _Saver(bundle, folder, result, settings, dropped_rows, data, say, writes=processes.is_first)
-    trainable, total = count_parameters(bundle.model)
-    say(f"{plan.peft} on {plan.encoder}: {trainable:,} of {total:,} parameters train ({trainable / total:.2%})")
-    if processes.are_several:
-        images = f"{plan.micro_batch_size} images at a time, {plan.batch_size} together per step"
-        say(f"{processes.count} processes train, each on {images}")
+    _tell_start(bundle, processes, say)
     options = {
         "on_best": saver.save_best,
         "on_epoch": lambda entry: say(_epoch_line(entry, plan.validation_metric)),
         "cache_folder": folder / "features",
         "deadline": deadline,
-        "trainer_options": _trainer_options(trainer_options or {}, folder, processes, plan, task, tables, state),
+        "trainer_options": _trainer_options(trainer_options or {}, folder, processes, bundle, tables, state),
         "processes": processes,
         "progress_bar": progress_bar,
     }
@@ -118,13 +114,22 @@ def fit_bundle(
         saver.save()
         if result.stopped_by != "interrupt":  # that one may be gone on with, and has ended the other processes
             meet()
-    if not processes.is_first:
-        return bundle
-    if result.stopped_by != "interrupt":
-        end_run(states)
-    say(_last_line(result, plan.validation_metric, folder))
-    _tell_experts(folder, result.expert_usage, say)
+    if processes.is_first:
+        if result.stopped_by != "interrupt":
+            end_run(states)
+        say(_last_line(result, plan.validation_metric, folder))
+        _tell_experts(folder, result.expert_usage, say)
     return bundle
+
+
+def _tell_start(bundle: Bundle, processes: Processes, say: Callable[[str], None]) -> None:
+    """Say how much trains, and how several processes share it."""
+    plan = bundle.plan
+    trainable, total = count_parameters(bundle.model)
+    say(f"{plan.peft} on {plan.encoder}: {trainable:,} of {total:,} parameters train ({trainable / total:.2%})")
+    if processes.are_several:
+        images = f"{plan.micro_batch_size} images at a time, {plan.batch_size} together per step"
+        say(f"{processes.count} processes train, each on {images}")
 
 
 def _silent(_: str) -> None:
@@ -135,8 +140,7 @@ def _trainer_options(
     asked: Mapping[str, Any],
     folder: Path,
     processes: Processes,
-    plan: Plan,
-    task: SegmentationTask,
+    bundle: Bundle,
     tables: Mapping[str, MaskTable],
     state: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
@@ -146,8 +150,8 @@ def _trainer_options(
         return options
     if not processes.is_first:
         options["logger"] = False
-    decided = plan.model_dump(mode="json", exclude=MACHINE_DECIDES - {"micro_batch_size", "checkpointing"})
-    facts = {"the plan": json.dumps(decided), "the task": json.dumps(task.to_dict(), default=str)}
+    decided = bundle.plan.model_dump(mode="json", exclude=MACHINE_DECIDES - {"micro_batch_size", "checkpointing"})
+    facts = {"the plan": json.dumps(decided), "the task": json.dumps(bundle.task.to_dict(), default=str)}
     for name, table in tables.items():
         rows = [row_name(table, row) for row in range(len(table))]
         facts[f"the {name} rows"] = json.dumps(rows)

@@ -161,7 +161,7 @@ def _probe(options: Mapping[str, Any]) -> tuple[Processes, list[Any]]:
         environment = getattr(trainer.strategy, "cluster_environment", None)
         if count > 1 and environment is not None:
             environment.validate_settings(num_devices=trainer.num_devices, num_nodes=trainer.num_nodes)
-    except (lightning.fabric.utilities.exceptions.MisconfigurationException, ValueError, RuntimeError) as error:
+    except (lightning.fabric.utilities.exceptions.MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(
             f"Lightning does not take these arguments of fit: {error} Check accelerator, devices, num_nodes, strategy, "
             "and how the script was started."

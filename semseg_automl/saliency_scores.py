@@ -58,6 +58,7 @@ def saliency_scores(
         ConfigError: A measure is not known.
         DataError: A shape, a type or a range is not as above.
 
+    >>> import torch
     >>> mask = torch.tensor([[False, True], [False, True]])
     >>> {name: round(score.item(), 4) for name, score in saliency_scores(mask.double(), mask).items()}
     {'s_measure': 1.0, 'e_measure': 1.3294, 'wf': 1.0, 'mae': 0.0}

@@ -21,6 +21,7 @@ LEVELS = 256  # the field stores predictions as 8-bit images and scores every th
 _SLACK = 1e-3  # resampling overshoots 1 by about 1e-7 in float32 and by one step of 2^-10 in float16
 
 Area = tuple[slice, slice]
+_WHOLE: Area = (slice(None), slice(None))
 
 
 class SoftMap:
@@ -159,28 +160,32 @@ class SoftMap:
 
         R is 4, or 1 for an empty mask, which has no centroid.
         """
-        areas = self.quadrants if self.foreground else [(slice(None), slice(None))]
-        return torch.stack([self._counts(self.prediction, area) for area in areas])
+        pairs = _pairs(self.prediction, self.mask)
+        return torch.stack([self._counts(pairs, area) for area in (self.quadrants if self.foreground else [_WHOLE])])
+
+    @functools.cached_property
+    def raw_counts(self) -> Tensor:
+        """Pixels outside and inside the mask by level of a uint8 prediction as it came, ``(2, 256)`` int64."""
+        if "quadrant_counts" in vars(self):
+            return self.quadrant_counts.sum(dim=0)
+        return self._counts(_pairs(self.prediction, self.mask), _WHOLE)
 
     @functools.cached_property
     def counts(self) -> Tensor:
         """Pixels outside and inside the mask by level of ``floor(255 * value)``, ``(2, 256)`` int64."""
         if not self.has_levels:
-            return self._counts((self.values * (LEVELS - 1)).to(torch.uint8), (slice(None), slice(None)))
+            return self._counts(_pairs(self.values * (LEVELS - 1), self.mask), _WHOLE)
         levels = (self.level_values.clamp(0, 1) * (LEVELS - 1)).to(torch.int64)
-        counts = self.raw_counts
-        return torch.zeros_like(counts).index_add_(1, levels, counts)
+        return torch.zeros_like(self.raw_counts).index_add_(1, levels, self.raw_counts)
 
-    @property
-    def raw_counts(self) -> Tensor:
-        """Pixels outside and inside the mask by level of a uint8 prediction as it came, ``(2, 256)`` int64."""
-        return self.quadrant_counts.sum(dim=0)
+    def _counts(self, pairs: Tensor, area: Area) -> Tensor:
+        seen = pairs[area].reshape(-1) if self.valid is None else picked(pairs[area], self.valid[area])
+        return torch.bincount(seen, minlength=2 * LEVELS).view(2, LEVELS)
 
-    def _counts(self, levels: Tensor, area: Area) -> Tensor:
-        on = _histogram(levels[area], self.inside[area])
-        if self.valid is None:
-            return torch.stack((torch.bincount(levels[area].reshape(-1), minlength=LEVELS) - on, on))
-        return torch.stack((_histogram(levels[area], self.outside[area]), on))
+
+def _pairs(levels: Tensor, mask: Tensor) -> Tensor:
+    """Level, cut to a whole number, and side of the mask of each pixel in one number, ``(H, W)`` int16."""
+    return levels.to(torch.int16, copy=True).add_(mask, alpha=LEVELS)
 
 
 def picked(values: Tensor, part: Tensor) -> Tensor:
@@ -188,16 +193,6 @@ def picked(values: Tensor, part: Tensor) -> Tensor:
     if values.device.type != "cpu":
         return values.masked_select(part)
     return torch.from_numpy(values.numpy()[part.numpy()])  # three times faster than masked_select
-
-
-def _histogram(levels: Tensor, part: Tensor) -> Tensor:
-    """Count the levels of the pixels in `part`, ``(256,)`` int64.
-
-    All others are set to level 0 and taken off it afterwards: a third of the time that picking the pixels takes.
-    """
-    counts = torch.bincount((levels * part).reshape(-1), minlength=LEVELS)
-    counts[0] -= part.numel() - _number(part)
-    return counts
 
 
 def _number(part: Tensor) -> int:

@@ -13,7 +13,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -254,13 +254,10 @@ def train(
     patience = _early_stopping(module)
     loggers, logs = _trackers(options, module, result, data.validation, processes)
     callbacks = [clock, usage, keeper, patience, *logs, *options.pop("callbacks", []), *([states] if states else [])]
-    settings = _trainer_settings(plan, processes) | {"enable_progress_bar": progress_bar, "logger": loggers} | options
-    data.processes = processes
-    if "strategy" in settings:
-        lone = any(layer.experts == 1 for layer in expert_layers(model).values())  # nothing to choose: idle gates
-        settings["strategy"] = built_strategy(settings["strategy"], some_unused=lone)
+    settings = _trainer_settings(module, processes, {"enable_progress_bar": progress_bar, "logger": loggers} | options)
     if states is not None:
         settings["plugins"] = [StateIO(state), *_listed(options.get("plugins"))]
+    data.processes = processes
     if state is not None:
         position = prepare_state(state, plan.micro_batch_size * processes.count, clock.state_key)
         data.start = position.epoch, position.samples
@@ -268,19 +265,13 @@ def train(
     with _quiet_lightning():
         trainer = lightning.Trainer(callbacks=callbacks, **settings)
         folder = None if cache_folder is None else cache_folder / f"rank{processes.rank}"
-        device = trainer.strategy.root_device
-        cards = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(cards), feature_caches(model, plan, data, folder, on_notice) as module.caches:
+        with _forked_noise(trainer.strategy.root_device), feature_caches(model, plan, data, folder, on_notice) as module.caches:
             torch.manual_seed(plan.seed)
             interrupted = _fit_or_interrupt(trainer, module, data, None if state is None else f"state{SUFFIX}")
     keeper.restore()
     model.eval()
-    if interrupted:
-        result.stopped_by = "interrupt"
-    elif clock.out_of_time:
-        result.stopped_by = "time_limit"
-    elif patience.stopped_epoch:
-        result.stopped_by = "patience"
+    reasons = {"interrupt": interrupted, "time_limit": clock.out_of_time, "patience": patience.stopped_epoch}
+    result.stopped_by = next((name for name, true in reasons.items() if true), result.stopped_by)
 
 
 def _early_stopping(module: FineTuneModule) -> lightning.pytorch.callbacks.EarlyStopping:
@@ -309,9 +300,15 @@ def _trackers(
     return loggers, [log]
 
 
-def _trainer_settings(plan: Plan, processes: Processes) -> dict[str, Any]:
-    """Return what the plan and this module decide of Lightning's trainer."""
-    return {
+def _forked_noise(device: torch.device) -> AbstractContextManager[None]:
+    """Leave the random state as it was, of the processor and of the device that trains."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
+def _trainer_settings(module: FineTuneModule, processes: Processes, asked: dict[str, Any]) -> dict[str, Any]:
+    """Return what the plan and this module decide of Lightning's trainer, and over it what was asked."""
+    plan = module.plan
+    settings = {
         "max_epochs": plan.max_epochs,
         "accumulate_grad_batches": plan.batch_size // (plan.micro_batch_size * processes.count),
         "devices": 1,
@@ -322,7 +319,11 @@ def _trainer_settings(plan: Plan, processes: Processes) -> dict[str, Any]:
         "log_every_n_steps": LOG_EVERY,
         "num_sanity_val_steps": 0,
         "use_distributed_sampler": False,
-    }
+    } | asked
+    if "strategy" in settings:
+        lone = any(layer.experts == 1 for layer in expert_layers(module.model).values())  # their gates choose nothing
+        settings["strategy"] = built_strategy(settings["strategy"], some_unused=lone)
+    return settings
 
 
 _TALKATIVE = ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.distributed")

@@ -106,6 +106,14 @@ def test_read_image__palette_png_with_whole_rows_missing__is_refused(tmp_path: P
         read_image(tmp_path / "short.png")
 
 
+def test_read_image__transparency_behind_the_pixels__is_dropped_without_a_warning(tmp_path: Path) -> None:
+    whole = png(9, 10, 8, 3, bytes(100), chunks={"PLTE": bytes([7, 8, 9, 1, 1, 1])})
+    behind = b"tRNS\x00\x80"
+    behind = struct.pack(">I", 2) + behind + struct.pack(">I", zlib.crc32(behind))
+    (tmp_path / "a.png").write_bytes(whole[:-12] + behind + whole[-12:])
+    assert read_image(tmp_path / "a.png")[9, 8].tolist() == [7, 8, 9]
+
+
 def test_read_mask__interlaced_png__is_read_where_every_pass_is_there(tmp_path: Path) -> None:
     # 8 x 8: passes of 1x1, 1x1, 2x1, 2x2, 4x2, 4x4 and 8x4 pixels, each row with a byte for its filter.
     (tmp_path / "a.png").write_bytes(png(8, 8, 8, 0, bytes(2 + 2 + 3 + 6 + 10 + 20 + 36), interlaced=1))

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from semseg_automl.data import dataset as dataset_module
+from semseg_automl.data import kept as kept_module
 from semseg_automl.data.cache import ImageCache
 from semseg_automl.data.dataset import (
     Batch,
@@ -165,7 +166,7 @@ def test_dataset__cache_budget__holds_as_many_rows_as_fit(
         names.append(name)
         return read_image(source, name=name)
 
-    monkeypatch.setattr(dataset_module, "read_image", counting_read)
+    monkeypatch.setattr(kept_module, "read_image", counting_read)
     fresh = replace(draw_dataset(3, augmentation="light"), cache=cache)
     got = [fresh[index] for index in range(9)]
     assert len(names) == reads

@@ -16,7 +16,6 @@ from PIL import Image
 
 from semseg_automl import SemanticSegmentor, draw_dataset
 from semseg_automl import estimator as estimator_module
-from semseg_automl.data import cache as cache_module
 from semseg_automl.data import images as images_module
 from semseg_automl.data.cache import ImageCache
 from semseg_automl.data.checks import check_rows, usable_rows
@@ -244,7 +243,7 @@ def test_adopt__no_cache_or_processes_that_are_not_forked__moves_nothing(
     table = read_table(folder / "train.csv")
     task, kept = checked(table)
     MaskDataset(table, task, (32, 32)).adopt(kept)
-    monkeypatch.setattr(cache_module.multiprocessing, "get_start_method", lambda: "spawn")
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "spawn")
     shared, own = ImageCache(6, 10**6, shared=True), ImageCache(6, 10**6, shared=False)
     MaskDataset(table, task, (32, 32), cache=shared).adopt(kept)
     assert (shared.used, kept.used) == (0, 6 * ROW)
@@ -263,7 +262,7 @@ def test_adopt__value_that_no_class_has__is_an_error_that_names_the_row(folder: 
 def test_fit__default__opens_each_file_once_until_it_has_trained(folder: Path, opened: Counter[str]) -> None:
     at_start: list[Counter[str]] = []
 
-    class Noting(lightning.Callback):  # type: ignore[misc]
+    class Noting(lightning.Callback):
         def on_train_epoch_end(self, *_: Any) -> None:
             at_start.append(Counter(opened))
 

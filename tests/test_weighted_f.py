@@ -64,6 +64,7 @@ def test_weighted_f__stored_image__equals_the_reference(shared: Callable[[str], 
         ((50, 50), 0.9, 2.0),
         ((1, 30), 0.3, 0.0),
         ((300, 9), 0.2, 3.0),
+        ((7, 256), 0.1, 2.0),
     ],
 )
 @pytest.mark.parametrize("beta2", [1.0, 0.3])
@@ -84,6 +85,19 @@ def test_weighted_f__pixels_farther_than_16_bits_of_squared_distance__equal_the_
     prediction = np.random.default_rng(0).random(mask.shape)
     ours = weighted_f_measure(torch.from_numpy(prediction), torch.from_numpy(mask), stretch=False).item()
     assert ours == pytest.approx(by_definition(prediction, mask), rel=0, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (65, 40), (128, 11), (192, 5)])
+def test_weighted_f__errors_at_the_edges_of_strips_and_image__equal_the_definition(size: tuple[int, int]) -> None:
+    # Errors in few rows: what lies beyond what they reach is not computed, and strips end every 64 rows.
+    for row in (0, 1, 6, 7, 31, 56, 57, 58, 60, 61, 62, 63):
+        rng = np.random.default_rng(row)
+        mask = blobs(rng, size, 0.4, 2.0)
+        mask[row, : size[1] // 2] = True
+        prediction = mask.astype(np.float64)
+        prediction[row] *= 0.3
+        ours = weighted_f_measure(torch.from_numpy(prediction), torch.from_numpy(mask)).item()
+        assert ours == pytest.approx(by_definition(stretched(prediction), mask), rel=0, abs=TOLERANCE), row
 
 
 def test_weighted_f__one_false_alarm__matches_hand_computation() -> None:

@@ -54,7 +54,7 @@ def jpeg_flaw(data: bytes, size: tuple[int, int], layers: Sequence[Sequence[Any]
     down = max((layer[2] for layer in layers), default=0) or 1
     width, height = size
     blocks = sum(-(-width * layer[1] // (8 * across)) * -(-height * layer[2] // (8 * down)) for layer in layers)
-    if 2 * len(data) < blocks * (1 if progressive else 2):
+    if 8 * len(data) < blocks * (1 if progressive else 2):
         return f"{len(data):,} bytes are too few for a JPEG of {height} x {width} pixels"
     return ""
 

@@ -319,6 +319,7 @@ def _pixels_of(image: Image.Image, name: str, *, as_stored: bool, data: bytes = 
         raise damaged(name, flaw)
     try:
         if not as_stored and image.mode not in ("F", "I") and not image.mode.startswith("I;"):
+            image.load()  # a PNG may say only behind its pixels what is transparent
             if "transparency" in image.info:
                 image = image.convert("RGBA")  # Pillow warns when a palette's transparency is dropped at once
             image = image.convert("RGB")
