@@ -111,14 +111,7 @@ def fit_bundle(
     rest: dict[str, Any] = {"kept": kept, "say": say, "state_seconds": state_seconds, "options": options}
     with parting():
         _train_within_memory(bundle, tables, result, states, state, **rest)
-        saver.save()
-        if result.stopped_by != "interrupt":  # that one may be gone on with, and has ended the other processes
-            meet()
-    if processes.is_first:
-        if result.stopped_by != "interrupt":
-            end_run(states)
-        say(_last_line(result, plan.validation_metric, folder))
-        _tell_experts(folder, result.expert_usage, say)
+        saver.finish()
     return bundle
 
 
@@ -190,6 +183,21 @@ class _Saver:
         if self.writes:
             save_bundle(self.folder, self.bundle, frozen_too=not self.saved)
         self.saved = True
+
+    def finish(self) -> None:
+        """Save what there is, wait for the other processes to be here, too, and tidy up.
+
+        Raises:
+            BundleError: the folder cannot be written.
+        """
+        self.save()
+        if self.result.stopped_by != "interrupt":  # that one may be gone on with, and has ended the other processes
+            meet()
+            if self.writes:
+                end_run(self.folder / FOLDER)
+        if self.writes:
+            self.say(_last_line(self.result, self.bundle.plan.validation_metric, self.folder))
+            _tell_experts(self.folder, self.result.expert_usage, self.say)
 
     def save_best(self, _: Weights) -> None:
         """Write the best so far; a full disk is only told: the weights are in memory too, and saved at the end."""

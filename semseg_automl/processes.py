@@ -155,13 +155,14 @@ def _probe(options: Mapping[str, Any]) -> tuple[Processes, list[Any]]:
     asked["strategy"] = built_strategy(asked.get("strategy", "auto"), some_unused=False)
     silent = ["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"]
     quiet: dict[str, Any] = dict.fromkeys(silent, False)
+    refusals = (lightning.fabric.utilities.exceptions.MisconfigurationException, ValueError, TypeError, RuntimeError)
     try:
         trainer = lightning.Trainer(**asked, **quiet)
         count = int(trainer.world_size)
         environment = getattr(trainer.strategy, "cluster_environment", None)
         if count > 1 and environment is not None:
             environment.validate_settings(num_devices=trainer.num_devices, num_nodes=trainer.num_nodes)
-    except (lightning.fabric.utilities.exceptions.MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+    except refusals as error:
         raise ConfigError(
             f"Lightning does not take these arguments of fit: {error} Check accelerator, devices, num_nodes, strategy, "
             "and how the script was started."

@@ -13,7 +13,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -265,8 +265,8 @@ def train(
     with _quiet_lightning():
         trainer = lightning.Trainer(callbacks=callbacks, **settings)
         folder = None if cache_folder is None else cache_folder / f"rank{processes.rank}"
-        with _forked_noise(trainer.strategy.root_device), feature_caches(model, plan, data, folder, on_notice) as module.caches:
-            torch.manual_seed(plan.seed)
+        noise, caches = _own_noise(trainer, plan), feature_caches(model, plan, data, folder, on_notice)
+        with noise, caches as module.caches:
             interrupted = _fit_or_interrupt(trainer, module, data, None if state is None else f"state{SUFFIX}")
     keeper.restore()
     model.eval()
@@ -300,9 +300,13 @@ def _trackers(
     return loggers, [log]
 
 
-def _forked_noise(device: torch.device) -> AbstractContextManager[None]:
-    """Leave the random state as it was, of the processor and of the device that trains."""
-    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+@contextmanager
+def _own_noise(trainer: lightning.Trainer, plan: Plan) -> Iterator[None]:
+    """Begin with the plan's seed, and leave the random state as it was, of the processor and of the training device."""
+    device = trainer.strategy.root_device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(plan.seed)
+        yield
 
 
 def _trainer_settings(module: FineTuneModule, processes: Processes, asked: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks import fuzz
-from benchmarks.fuzz_files import KINDS, drawn_seeds, real_seeds, spoil
+from benchmarks.fuzz_files import KINDS, Seed, drawn_seeds, real_seeds, spoil
 from semseg_automl import FailedPrediction, SemanticSegmentor
 
 
@@ -29,14 +29,20 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEMSEG_AUTOML_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.fixture(scope="module")
+def seeds() -> list[Seed]:
+    """Draw the good files once."""
+    return drawn_seeds(np.random.default_rng(0))
+
+
 def run_40(tiny: SemanticSegmentor, folder: Path, **limits: Any) -> fuzz.Outcome:
     return fuzz.run(40, tiny, folder, fuzz.Limits(rows=40, **limits))
 
 
 def test_run__some_hundred_files__finds_nothing(tiny: SemanticSegmentor, tmp_path: Path) -> None:
-    outcome = fuzz.run(240, tiny, tmp_path, fuzz.Limits(rows=120), seed=3)
+    outcome = fuzz.run(200, tiny, tmp_path, fuzz.Limits(rows=100), seed=3)
     assert outcome.violations == []
-    assert outcome.files == 240
+    assert outcome.files == 200
     assert sum(tally.files > 0 for tally in outcome.tallies.values()) > 20
     readable = sum(tally.readable for tally in outcome.tallies.values())
     assert 30 < readable < 150  # neither refuses everything nor takes everything
@@ -44,9 +50,9 @@ def test_run__some_hundred_files__finds_nothing(tiny: SemanticSegmentor, tmp_pat
 
 
 def test_run__only_one_batch__repeats_it_and_leaves_its_files(tiny: SemanticSegmentor, tmp_path: Path) -> None:
-    whole = fuzz.run(60, tiny, tmp_path / "whole", fuzz.Limits(rows=30))
-    last = fuzz.run(60, tiny, tmp_path / "last", fuzz.Limits(rows=30), only=1)
-    first = fuzz.run(30, tiny, tmp_path / "first", fuzz.Limits(rows=30))
+    whole = fuzz.run(24, tiny, tmp_path / "whole", fuzz.Limits(rows=12))
+    last = fuzz.run(24, tiny, tmp_path / "last", fuzz.Limits(rows=12), only=1)
+    first = fuzz.run(12, tiny, tmp_path / "first", fuzz.Limits(rows=12))
     for kind in KINDS:
         assert whole.tallies[kind].files == first.tallies[kind].files + last.tallies[kind].files
         assert whole.tallies[kind].readable == first.tallies[kind].readable + last.tallies[kind].readable
@@ -54,8 +60,9 @@ def test_run__only_one_batch__repeats_it_and_leaves_its_files(tiny: SemanticSegm
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_spoil__every_kind__is_made_and_is_the_same_for_the_same_chance(kind: str, tmp_path: Path) -> None:
-    seeds = drawn_seeds(np.random.default_rng(0))
+def test_spoil__every_kind__is_made_and_is_the_same_for_the_same_chance(
+    kind: str, seeds: list[Seed], tmp_path: Path
+) -> None:
     paths = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -64,7 +71,7 @@ def test_spoil__every_kind__is_made_and_is_the_same_for_the_same_chance(kind: st
     for one, other in zip(*paths, strict=True):
         assert Path(one.path).name == Path(other.path).name
         assert (one.kind, one.verdict, one.seed) == (kind, other.verdict, other.seed)
-        if kind not in ("impossible name",) and Path(one.path).is_file() and not Path(one.path).is_symlink():
+        if kind != "impossible name" and Path(one.path).is_file() and not Path(one.path).is_symlink():
             assert Path(one.path).read_bytes() == Path(other.path).read_bytes()
 
 
@@ -95,19 +102,20 @@ def warn_from_elsewhere(read: Callable[..., Any]) -> Callable[..., Any]:
 )
 def test_run__fault_in_the_package__is_found(
     tiny: SemanticSegmentor,
+    seeds: list[Seed],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     name: str,
     broken: Callable[[Callable[..., Any]], Callable[..., Any]],
     told: str,
 ) -> None:
-    original, calls = getattr(fuzz, name), len(drawn_seeds(np.random.default_rng(0)))
+    original, calls = getattr(fuzz, name), len(seeds)
     wrong = broken(original)
     count = iter(range(10**6))
 
     def later(*args: Any, **kwargs: Any) -> Any:
         """Break after the unspoiled files were read."""
-        return (wrong if name in ("check_data",) or next(count) >= calls else original)(*args, **kwargs)
+        return (wrong if name == "check_data" or next(count) >= calls else original)(*args, **kwargs)
 
     monkeypatch.setattr(fuzz, name, later)
     assert any(told in violation for violation in run_40(tiny, tmp_path).violations)
@@ -160,8 +168,7 @@ def test_run__original_that_is_refused_without_being_listed__is_found(
     assert any("the unspoiled F.tiff, mask False" in each for each in run_40(tiny, tmp_path).violations)
 
 
-def test_real_seeds__folder_of_files__takes_images_by_their_content(tmp_path: Path) -> None:
-    seeds = drawn_seeds(np.random.default_rng(0))
+def test_real_seeds__folder_of_files__takes_images_by_their_content(seeds: list[Seed], tmp_path: Path) -> None:
     (tmp_path / "below").mkdir()
     (tmp_path / "below" / "a.png").write_bytes(seeds[0].data)
     (tmp_path / "b.jpg").write_bytes(b"no image")

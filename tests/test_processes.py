@@ -213,6 +213,7 @@ def test_weight_keeper__network_moves__keeps_the_statistics_of_where_it_is() -> 
     network = nn.Sequential(nn.BatchNorm2d(1))
     plan = cast(Plan, SimpleNamespace(ema=0.0, validation_metric="iou"))
     keeper = WeightKeeper(network, plan, TrainingResult(), ExpertUsage(network), print, print)
+    assert keeper.current()["0.running_mean"].dtype == torch.float32
     network.double()  # makes new buffers, as a move to another device does
     network[0].get_buffer("running_mean").fill_(3.0)
     assert keeper.current()["0.running_mean"] == torch.tensor([3.0], dtype=torch.float64)
