@@ -166,12 +166,12 @@ def _page(page: Page, task: SegmentationTask | None) -> str:
             f"<h1>{_text(page.title)}</h1>",
             f'<p class="verdict {_text(page.level)}">{_text(page.verdict)}</p>',
             f"<pre>{_text(chr(10).join(page.lines))}</pre>",
-            '<section class="summary">',
-            *(f"<h2>{_text(table.title)}</h2>\n{_table(table.frame)}" for table in summary),
-            "</section>",
             *(["<h2>Findings</h2>"] if findings else []),
             *(_found(table) for table in findings),
             shown,
+            '<section class="summary">',
+            *(f"<h2>{_text(table.title)}</h2>\n{_table(table.frame)}" for table in summary),
+            "</section>",
             "</body>\n</html>\n",
         ]
     )
