@@ -251,8 +251,9 @@ def test_settings__any_method__share_everything_but_the_method_and_the_rate(meth
     settings = settings_of(PLAN, method, 1e-3)
     own = set(METHODS[method])
     assert own <= set(settings)
-    # Windows are another encoder: the two methods that ask for them are comparable with each other only.
-    assert all(key in ("optim.peft", "model.window_size") or key.startswith("optim.lora.") for key in own)
+    # Windows are another encoder, no detail branch another decoder: those that ask for them compare with each other only.
+    network = ("optim.peft", "model.window_size", "model.detail")
+    assert all(key in network or key.startswith("optim.lora.") for key in own)
     assert {key: value for key, value in settings.items() if key not in own} == {
         key: value for key, value in settings_of(PLAN, "decoder_only", 1e-3).items() if key != "optim.peft"
     }
