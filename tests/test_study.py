@@ -251,7 +251,7 @@ def test_settings__any_method__share_everything_but_the_method_and_the_rate(meth
     settings = settings_of(PLAN, method, 1e-3)
     own = set(METHODS[method])
     assert own <= set(settings)
-    # Windows are another encoder, no detail branch another decoder: those that ask for them compare with each other only.
+    # Windows are another encoder, no detail branch another decoder: methods that ask for them compare with their like.
     network = ("optim.peft", "model.window_size", "model.detail")
     assert all(key in network or key.startswith("optim.lora.") for key in own)
     assert {key: value for key, value in settings.items() if key not in own} == {
