@@ -214,8 +214,8 @@ def test_data_module__tiled_plan__crops_the_training_rows_only(folder: Path) -> 
     settings = FAST | {"data.tiling": "on", "data.tile_scale": 0.25}
     segmentor = SemanticSegmentor(hyperparameters=settings, verbosity=0)
     segmentor.fit(folder / "train.csv", folder / "val.csv", dry_run=True)
-    tables = [read_table(folder / f"{split}.csv") for split in ("train", "val")]
-    data = data_module(segmentor.plan_, segmentor.task_, *tables)
+    train_table, validation_table = (read_table(folder / f"{split}.csv") for split in ("train", "val"))
+    data = data_module(segmentor.plan_, segmentor.task_, train_table, validation_table)
     assert data.train.crops == CropRule((128, 128), balanced=True)
     assert data.validation.crops is None
     (batch, *rest) = list(data.val_dataloader())

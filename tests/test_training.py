@@ -213,8 +213,8 @@ def test_data_module__plan__decides_everything(folder: Path) -> None:
     segmentor.fit(folder / "train.csv", folder / "val.csv", dry_run=True, seed=5)
     changes = {"micro_batch_size": 2, "views": 3, "cached_views": 2, "augmentation": "strong", "num_workers": 1}
     plan: Plan = segmentor.plan_.model_copy(update=changes)
-    tables = [read_table(folder / f"{split}.csv") for split in ("train", "val")]
-    data = data_module(plan, segmentor.task_, *tables)
+    train_table, validation_table = (read_table(folder / f"{split}.csv") for split in ("train", "val"))
+    data = data_module(plan, segmentor.task_, train_table, validation_table)
     assert (data.batch_size, data.views, data.cached_views, data.num_workers, data.seed) == (2, 3, 2, 1, 5)
     assert (len(data.train), data.train.augmentation, data.train.seed) == (8, "strong", 5)
     assert (len(data.validation), data.validation.augmentation) == (3, "none")
