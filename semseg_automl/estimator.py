@@ -170,9 +170,10 @@ class SemanticSegmentor(JudgedSegmentor):
         fit_table, validation, checks = self._tables(train_data, tuning_data, groups, on_bad_rows, config, seed, kept)
         if given is None:
             made = self._plan(config, checks, fit_table, hardware, seed=seed, time_limit=time_limit)
+            given = _named(made, *chosen)
         else:
             self._check_plan(given)
-        self.plan_ = _named(made, *chosen) if given is None else given
+        self.plan_ = given
         self.classes_ = np.asarray(self.task_.labels)
         self._say(f"{self.task_}\n{self.plan_}" if dry_run else str(self.task_))
         if not dry_run:
