@@ -17,12 +17,11 @@ import numpy as np
 
 from semseg_automl.bundle import load_bundle, read_plan
 from semseg_automl.capacity import images_room
-from semseg_automl.choosing import AUTO, choose_preset
-from semseg_automl.config import Config, flatten, load_config
+from semseg_automl.choosing import AUTO
+from semseg_automl.config import Config
 from semseg_automl.data.annotated import check_names
 from semseg_automl.data.checks import RowCheck, check_rows, usable_rows
 from semseg_automl.data.colours import Colour, read_color_map
-from semseg_automl.data.dataset import loading_seconds
 from semseg_automl.data.kept import DecodedFiles
 from semseg_automl.data.splits import check_groups_apart, split_holdout
 from semseg_automl.data.table import MaskTable
@@ -32,9 +31,8 @@ from semseg_automl.fitted import Table
 from semseg_automl.fitting import fit_bundle
 from semseg_automl.hardware import Hardware, detect_hardware
 from semseg_automl.judging import JudgedSegmentor
-from semseg_automl.metrics import build_metrics
-from semseg_automl.models.facts import encoder_facts
-from semseg_automl.plan import DataStats, Plan, make_plan
+from semseg_automl.plan import Plan
+from semseg_automl.planning import PLANNED, Chosen, Planning, check_plan, choose_settings, planned_choices
 from semseg_automl.processes import ALONE
 from semseg_automl.report_page import seconds_of_fit, write_fit_report
 from semseg_automl.task import SegmentationTask, infer_task
@@ -42,13 +40,6 @@ from semseg_automl.training import trainer_processes
 
 KEPT_SETTINGS = ("label", "image", "eval_metric", "validation_metric")
 """Constructor arguments that a saved segmentor remembers."""
-
-PLANNED = {
-    "max_epochs": "optim.max_epochs",
-    "precision": "env.precision",
-    "gradient_clip_val": "optim.gradient_clip",
-}
-"""Options of Lightning's trainer that a plan decides, and the settings that they stand for."""
 
 MAX_HOLDOUT = 0.2
 """Share of the rows held out at most when none are given: a tenth, but ten rows at least, of small tables."""
@@ -163,16 +154,17 @@ class SemanticSegmentor(JudgedSegmentor):
         given = None if plan is None else plan if isinstance(plan, Plan) else read_plan(Path(plan))
         if given is not None:
             decided = [presets, hyperparameters, self.hyperparameters, seed, time_limit, *map(settings.get, PLANNED)]
-            seed, time_limit = _planned(given, decided)
-        chosen, config = self._config(presets, hyperparameters, holdout_frac, settings)
+            seed, time_limit = planned_choices(given, decided)
+        chosen = self._chosen(presets, hyperparameters, holdout_frac, settings)
+        config = chosen.config
         hardware = detect_hardware()  # before anything is kept, which would count as used
         kept = DecodedFiles(0 if dry_run else _room(config, given, hardware))
         fit_table, validation, checks = self._tables(train_data, tuning_data, groups, on_bad_rows, config, seed, kept)
         if given is None:
-            made = self._plan(config, checks, fit_table, hardware, seed=seed, time_limit=time_limit)
-            given = _named(made, *chosen)
+            planning = self._planning(fit_table, checks, hardware, seed=seed, time_limit=time_limit)
+            given = planning.plan(chosen)
         else:
-            self._check_plan(given)
+            check_plan(given, self.task_)
         self.plan_ = given
         self.classes_ = np.asarray(self.task_.labels)
         self._say(f"{self.task_}\n{self.plan_}" if dry_run else str(self.task_))
@@ -257,87 +249,44 @@ class SemanticSegmentor(JudgedSegmentor):
         self.dropped_rows_ += dropped
         return usable, checks
 
-    def _config(
+    def _chosen(
         self,
         presets: str | None,
         hyperparameters: Mapping[str, Any] | None,
         holdout_frac: float | None,
         settings: dict[str, Any],
-    ) -> tuple[tuple[str, str], Config]:
-        """Lay the arguments over the preset, and say which and why; `settings` loses what a plan decides."""
+    ) -> Chosen:
+        """Lay the arguments over the preset; `settings` loses what a plan decides.
+
+        Raises:
+            ConfigError: a setting, or the problem type, is unknown.
+        """
         if self.problem_type != "semantic_segmentation":
             raise ConfigError(f"problem_type is '{self.problem_type}'; allowed: semantic_segmentation.")
-        extra: dict[str, Any] = {} if holdout_frac is None else {"data.holdout_frac": holdout_frac}
-        for option, key in PLANNED.items():
-            if option in settings:
-                extra[key] = settings.pop(option)
-        preset = presets or self.presets
-        asked = [self.hyperparameters, hyperparameters, extra]
-        if preset != AUTO:
-            return (preset, "as asked"), load_config(preset, *asked)
-        named = {key: value for each in asked for key, value in flatten(each or {}).items()}
-        choice = choose_preset(detect_hardware(), named)
-        return (choice.preset, f"auto: {choice.reason}"), load_config(choice.preset, choice.settings, *asked)
+        held_out = {} if holdout_frac is None else {"data.holdout_frac": holdout_frac}
+        return choose_settings(presets or self.presets, [self.hyperparameters, hyperparameters, held_out], settings)
 
-    def _plan(
+    def _planning(
         self,
-        config: Config,
-        checks: Sequence[RowCheck],
         table: MaskTable,
+        checks: Sequence[RowCheck],
         hardware: Hardware,
         *,
         seed: int,
         time_limit: float | None,
-    ) -> Plan:
-        """Collect what the plan depends on, and make it."""
-        # A processor that trains loads between its steps, whatever that takes.
-        timed = hardware.device != "cpu" and config.env.num_workers == "auto"
-        seconds = loading_seconds(table, self.task_) if timed else None
-        stats = DataStats(len(table), tuple(check.size for check in checks), seconds)
-        asked = config.model
-        encoder = encoder_facts(
-            asked.encoder,
-            checkpoint=asked.checkpoint,
-            pretrained=asked.pretrained,
-            accept_license=asked.accept_license,
-            window_size=asked.window_size,
-        )
+    ) -> Planning:
+        """Collect what a plan depends on."""
         only_metric = self.eval_metric if isinstance(self.eval_metric, str) else None
-        plan = make_plan(
-            config,
-            self.task_,
-            stats,
-            hardware,
-            encoder,
+        return Planning(
+            task=self.task_,
+            table=table,
+            checks=checks,
+            hardware=hardware,
+            metrics=self._metric_names(None),
             validation_metric=self.validation_metric or only_metric,
             seed=seed,
             time_limit=time_limit,
         )
-        names = list(dict.fromkeys([plan.validation_metric, *self._metric_names(None)]))
-        build_metrics(names, kind=self.task_.kind, num_classes=self.task_.num_classes)  # errors now, not after training
-        return plan
-
-    def _check_plan(self, given: Plan) -> None:
-        """Refuse a plan for masks of another kind.
-
-        Raises:
-            ConfigError: it does not fit the masks, or names an unknown metric.
-        """
-        options, task = given.decoder_options, self.task_
-        outputs = options.get("num_classes") or options.get("num_mask_tokens")
-        if outputs != task.num_scores:
-            raise ConfigError(
-                f"the plan is for masks of {outputs} scores, these masks have {task.num_scores} ({task.kind}, "
-                f"{task.num_classes} classes). Plan anew for them."
-            )
-        if given.batch_size % given.micro_batch_size:
-            raise ConfigError(
-                f"the plan's micro_batch_size is {given.micro_batch_size}; it must divide batch_size, "
-                f"{given.batch_size}."
-            )
-        if given.merged:
-            raise ConfigError("the plan is of a merged segmentor, which has nothing left to train. Set merged: false.")
-        build_metrics([given.validation_metric], kind=task.kind, num_classes=task.num_classes)
 
     def _train(
         self,
@@ -399,22 +348,3 @@ class SemanticSegmentor(JudgedSegmentor):
 def _room(config: Config, given: Plan | None, hardware: Hardware) -> int:
     """Return the bytes that decoded images may take: as the given plan has it, or as one will be made."""
     return images_room(config.env.image_cache, hardware) if given is None else given.image_cache
-
-
-def _named(plan: Plan, preset: str, why: str) -> Plan:
-    """Return a plan that says what its settings were laid over."""
-    return plan.model_copy(update={"preset": preset, "reasons": {"preset": why, **plan.reasons}})
-
-
-def _planned(given: Plan, decided: Sequence[Any]) -> tuple[int, float | None]:
-    """Return seed and time limit of a given plan.
-
-    Raises:
-        ConfigError: something that a plan decides is asked for beside it.
-    """
-    if any(decided):
-        raise ConfigError(
-            "plan= holds what presets, hyperparameters, seed, time_limit, epochs and precision would decide. "
-            "Edit the plan, or leave it out."
-        )
-    return given.seed, given.time_limit

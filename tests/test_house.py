@@ -35,7 +35,7 @@ LAYERS = [
     "data.table data.kept data.checks data.survey data.transforms data.crops data.synthetic",
     "data.dataset data.splits adaptation framing uncertainty calibration fingerprint report",
     "plan findings strata review report_charts",
-    "build features callbacks memory",
+    "build features callbacks memory planning",
     "resume",
     "trackers",
     "training inference bundle",
