@@ -4,7 +4,13 @@ DATA holds folders with a ``train.csv``. Our training loader, with horizontal fl
 turns with the loader one writes first: Pillow opens, converts and resizes, torchvision flips and makes tensors, in
 PyTorch's `DataLoader` with as many processes. The check of all rows takes turns with opening every file in Pillow and
 counting the mask's values. As in a fit, the check comes before the first epoch, and what it decoded is kept for it: the
-check has a column of its own, and one together with the first epoch. Later epochs find decoded images in memory.
+check has a column of its own, and one together with the first epoch. Later epochs find decoded images in memory. What
+passes until the first batch is there, processes started and what the check kept moved, is "start"; "first" has it too.
+
+`check_data` without its notes on files, and with its rules, takes turns with the same opening of every file, on which
+nothing else is done.
+
+An epoch has a thousand rows at least: a folder of fewer is there several times under other names, for both sides.
 
 Medians over rounds whose order alternates. Other programs on the machine slow both sides, so the ratios are what
 counts; threads, which ours uses where there are no loader processes, only help where a core is free.
@@ -14,27 +20,32 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import shutil
 import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from semseg_automl import SemanticSegmentor
+from semseg_automl import SemanticSegmentor, check_data
 from semseg_automl.data.cache import ImageCache
 from semseg_automl.data.checks import check_rows
 from semseg_automl.data.dataset import MaskDataModule, MaskDataset
+from semseg_automl.data.images import ImageSource
 from semseg_automl.data.kept import DecodedFiles
 from semseg_automl.data.table import MaskTable, read_table
 from semseg_automl.hardware import usable_cores
@@ -101,6 +112,26 @@ def speeds(seconds: Mapping[str, Sequence[Seconds]], images: int) -> dict[str, S
     return found
 
 
+def at_least(rows: int, table: MaskTable, folder: Path) -> MaskTable:
+    """Return a table of so many rows: links to its files, each of them as often as need be."""
+    images: list[ImageSource] = []
+    masks: list[ImageSource] = []
+    for position in range(-(-rows // len(table)) * len(table)):
+        row = position % len(table)
+        for sources, found in ((table.images, images), (table.masks or (), masks)):
+            source = Path(str(sources[row])).resolve()
+            link = folder / f"{position}_{source.name}"
+            link.symlink_to(source)
+            found.append(str(link))
+    return replace(table, images=tuple(images), masks=tuple(masks), index=pd.RangeIndex(len(images)))
+
+
+def our_check(frame: pd.DataFrame, folder: Path) -> None:
+    """Check without what earlier checks found in the files."""
+    shutil.rmtree(folder / "checks", ignore_errors=True)
+    check_data(frame)
+
+
 def our_loader(table: MaskTable, task: SegmentationTask, workers: int, kept: DecodedFiles) -> DataLoader[Any]:
     """Return the training loader of a new cache, with what a check kept in it."""
     data = MaskDataset(table, task, SIZE, "flip", cache=ImageCache(len(table), CACHE_BYTES, shared=workers > 0))
@@ -115,11 +146,12 @@ def exhaust(loader: Iterable[object]) -> None:
         pass
 
 
-def begun(make: Callable[[], DataLoader[Any]]) -> DataLoader[Any]:
-    """Make a loader and take every batch of its first epoch."""
+def begun(make: Callable[[], DataLoader[Any]]) -> tuple[DataLoader[Any], Iterator[object]]:
+    """Make a loader and take the first batch of its first epoch."""
     loader = make()
-    exhaust(loader)
-    return loader
+    batches = iter(loader)
+    next(batches)
+    return loader, batches
 
 
 def plain_loader(table: MaskTable, workers: int) -> DataLoader[Any]:
@@ -140,13 +172,32 @@ def measure_loader(table: MaskTable, task: SegmentationTask, workers: int, round
     for turn in range(rounds + 1):
         for side in make if turn % 2 else reversed(make):
             checked, _ = timed(check[side])
-            first, loader = timed(partial(begun, make[side]))
+            start, (loader, batches) = timed(partial(begun, make[side]))
+            rest, _ = timed(partial(exhaust, batches))
             later, _ = timed(partial(exhaust, loader))
+            first = start[0] + rest[0], start[1] + rest[1]
             both = checked[0] + first[0], checked[1] + first[1]
             if turn:  # the one before fills the system's file cache
-                for what, taken in {"check": checked, "first": first, "check + first": both, "later": later}.items():
+                spans = {"check": checked, "start": start, "first": first, "check + first": both, "later": later}
+                for what, taken in spans.items():
                     seconds[f"{side}, {what}"].append(taken)
     return speeds(seconds, len(table) // BATCH * BATCH)
+
+
+def measure_check(table: MaskTable, folder: Path, rounds: int) -> dict[str, Speed]:
+    """Time `check_data`."""
+    frame = pd.DataFrame({"image": table.images, "label": table.masks})
+    sides: dict[str, Callable[[], object]] = {
+        "ours, check_data": partial(our_check, frame, folder),
+        "plain, check_data": partial(plain_check, table),
+    }
+    seconds: dict[str, list[Seconds]] = defaultdict(list)
+    for turn in range(rounds + 1):
+        for side in sides if turn % 2 else reversed(sides):
+            taken, _ = timed(sides[side])
+            if turn:
+                seconds[side].append(taken)
+    return speeds(seconds, len(table))
 
 
 def measure_training(folder: Path, workers: int) -> float:
@@ -166,19 +217,29 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", default=["kvasir_polyp", "camvid"])
     parser.add_argument("--workers", nargs="+", type=int, default=[0, 2])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rows", type=int, default=1000, help="of an epoch at least")
     parser.add_argument("--train", action="store_true", help="also train with each number of processes")
     options = parser.parse_args()
     print(json.dumps({"cores": usable_cores(), "torch_threads": torch.get_num_threads()}))
     for name in options.sets:
-        table = read_table(options.data / name / "train.csv")
-        checks = check_rows(table)
-        task = infer_task([check.value_counts for check in checks], encodings=[check.encoding for check in checks])
+        with tempfile.TemporaryDirectory() as place:
+            measure_set(name, options, Path(place))
+
+
+def measure_set(name: str, options: argparse.Namespace, place: Path) -> None:
+    """Measure one data set; `place` is for links and notes."""
+    os.environ["SEMSEG_AUTOML_CACHE"] = str(place)
+    (place / "links").mkdir()
+    table = at_least(options.rows, read_table(options.data / name / "train.csv"), place / "links")
+    report(name, f"check_data, {len(table)} rows", measure_check(table, place, options.rounds))
+    checks = check_rows(table)
+    task = infer_task([check.value_counts for check in checks], encodings=[check.encoding for check in checks])
+    for workers in options.workers:
+        report(name, f"loader, {workers} processes", measure_loader(table, task, workers, options.rounds))
+    if options.train:
         for workers in options.workers:
-            report(name, f"loader, {workers} processes", measure_loader(table, task, workers, options.rounds))
-        if options.train:
-            for workers in options.workers:
-                seconds = measure_training(options.data / name, workers)
-                print(json.dumps({"set": name, "epoch_seconds": round(seconds, 2), "processes": workers}), flush=True)
+            seconds = measure_training(options.data / name, workers)
+            print(json.dumps({"set": name, "epoch_seconds": round(seconds, 2), "processes": workers}), flush=True)
 
 
 def report(name: str, what: str, measured: Mapping[str, Speed]) -> None:

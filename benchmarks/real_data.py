@@ -30,6 +30,7 @@ from semseg_automl.metrics import DEFAULT_METRICS
 from semseg_automl.models.mask_decoder import SegmentationOutput
 from semseg_automl.models.segmentation_model import SegmentationModel
 from semseg_automl.models.tiny_vit import IMAGENET_MEAN, IMAGENET_STD
+from semseg_automl.task import SegmentationTask
 from semseg_automl.third_party import make_torchvision_importable
 from semseg_automl.training import data_module, train
 
@@ -60,10 +61,10 @@ class Unet(nn.Module):
         return torch.zeros(())
 
 
-def fit_unet(folder: Path, seconds: float, seed: int) -> tuple[dict[str, float], TrainingResult]:
+def fit_unet(folder: Path, seconds: float, seed: int) -> tuple[Predictor, SegmentationTask, TrainingResult]:
     """Fit the U-Net with everything but the network as our scratch recipe has it."""
     start = time.monotonic()
-    planner = SemanticSegmentor(verbosity=0)
+    planner = SemanticSegmentor(verbosity=0, presets="fast")
     planner.fit(folder / "train.csv", folder / "val.csv", time_limit=seconds, seed=seed, dry_run=True)
     task, plan = planner.task_, planner.plan_
     size = tuple(max(32, round(side / 32) * 32) for side in plan.input_size)
@@ -85,10 +86,8 @@ def fit_unet(folder: Path, seconds: float, seed: int) -> tuple[dict[str, float],
         deadline=start + seconds,
         progress_bar=False,
     )
-    test = read_table(folder / "test.csv")
-    check_rows(test)
-    predictor = Predictor(model.eval(), plan.input_size, plan.micro_batch_size, torch.device("cpu"))
-    return score_table(predictor, test, task, metrics=DEFAULT_METRICS[task.kind], threshold=0.5), result
+    predictor = Predictor(model.eval(), plan.input_size, plan.micro_batch_size, torch.device("cpu"), tile=plan.tile)
+    return predictor, task, result
 
 
 def run_cell(
@@ -99,7 +98,10 @@ def run_cell(
     folder = data / name
     start = time.monotonic()
     if recipe == "unet":
-        figures, result = fit_unet(folder, seconds, int(seed))
+        predictor, task, result = fit_unet(folder, seconds, int(seed))
+        test = read_table(folder / "test.csv")
+        check_rows(test)
+        figures = score_table(predictor, test, task, metrics=DEFAULT_METRICS[task.kind], threshold=0.5)
         fit_seconds, history, best = math.nan, result.history, result.best_score
     else:
         hyperparameters = dict(settings)

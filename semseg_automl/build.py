@@ -5,6 +5,7 @@ Here plain values leave the plan; the networks themselves know nothing of it.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +19,7 @@ from semseg_automl.models.downloads import OFFICIAL as SAM_FILES
 from semseg_automl.models.downloads import fetch_checkpoint
 from semseg_automl.models.facts import OFFICIAL, TIMM_PREFIX
 from semseg_automl.models.mask_decoder import MaskDecoder
-from semseg_automl.models.sam import SamViT
+from semseg_automl.models.sam import SAM_ENCODERS, SamViT, unfilled
 from semseg_automl.models.sam_names import to_sam_names
 from semseg_automl.models.segmentation_model import SegmentationModel
 from semseg_automl.peft import METHODS, PeftMethod
@@ -31,8 +32,8 @@ def build_model(plan: Plan, *, pretrained: bool = True) -> SegmentationModel:
 
     Args:
         plan: the decisions.
-        pretrained: read ``plan.checkpoint`` and ``plan.adapter``, where there are any; False leaves random weights for
-            a bundle to fill, and opens no file.
+        pretrained: read ``plan.checkpoint`` and ``plan.adapter``, where there are any; False opens no file and leaves
+            random weights, or for SAM with a checkpoint any weights, for a bundle to fill.
 
     Raises:
         CheckpointError: the checkpoint cannot be read or belongs to another architecture.
@@ -58,7 +59,7 @@ def build_model(plan: Plan, *, pretrained: bool = True) -> SegmentationModel:
 
 
 def _build_encoder(plan: Plan) -> Encoder:
-    """Build the encoder of a plan with random weights."""
+    """Build the encoder of a plan with random weights, or with none yet where a file will fill them."""
     options: dict[str, Any] = {**plan.encoder_options, "out_channels": plan.decoder_options["dim"]}
     if plan.encoder.startswith(TIMM_PREFIX):
         from semseg_automl.models.timm_encoder import build_timm_encoder  # seconds of importing: only where used
@@ -66,7 +67,9 @@ def _build_encoder(plan: Plan) -> Encoder:
         return build_timm_encoder(plan.encoder.removeprefix(TIMM_PREFIX), **options)
     if plan.encoder not in ENCODERS:
         raise ConfigError(f"unknown encoder '{plan.encoder}'. Known: {', '.join(ENCODERS)}, {TIMM_PREFIX}<name>.")
-    return ENCODERS[plan.encoder](**options)
+    build = functools.partial(ENCODERS[plan.encoder], **options)
+    # A checkpoint, or the bundle that is loaded, fills all of SAM; plain ViTs have a neck of their own.
+    return unfilled(build) if plan.encoder in SAM_ENCODERS and plan.checkpoint is not None else build()
 
 
 def _load(plan: Plan, encoder: Encoder, decoder: MaskDecoder) -> None:

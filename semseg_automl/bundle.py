@@ -7,6 +7,8 @@ the last is written last, so a folder with it is whole.
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -31,6 +33,8 @@ from semseg_automl.version import __version__
 
 FORMAT = 1
 AdapterFormat = Literal["autogluon", "peft"]
+FILES = ("frozen.safetensors", "trained.safetensors", "plan.yaml", "task.yaml", "bundle.yaml")
+"""In the order of writing."""
 MAX_YAML_BYTES = 16 * 2**20
 
 # What building a network from senseless sizes raises: negative, zero, or too large to count even without memory.
@@ -82,6 +86,26 @@ def save_bundle(path: str | Path, bundle: Bundle, *, frozen_too: bool = True) ->
         raise BundleError(
             f"cannot write '{folder}' ({error}). Check space and permissions, or use another path."
         ) from error
+
+
+def copy_bundle(source: Path, target: Path) -> None:
+    """Put the bundle of one folder into another, as links where the file system has them; the last file makes it whole.
+
+    Raises:
+        BundleError: a file cannot be read or written.
+    """
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        (target / FILES[-1]).unlink(missing_ok=True)
+        for name in FILES:
+            with replaced(target / name) as temporary:
+                temporary.unlink(missing_ok=True)
+                try:
+                    os.link(source / name, temporary)
+                except OSError:
+                    shutil.copyfile(source / name, temporary)
+    except OSError as error:
+        raise BundleError(f"cannot copy '{source}' to '{target}' ({error}). Check space and permissions.") from error
 
 
 def write_adapter(path: str | Path, model: SegmentationModel, *, format: AdapterFormat) -> None:

@@ -21,10 +21,8 @@ from semseg_automl.peft import trainable_parameters
 from semseg_automl.peft.usage import ExpertCounter
 from semseg_automl.plan import Plan
 from semseg_automl.processes import first_says, in_group, summed
+from semseg_automl.soup import Ingredient, Weights, greedy_soup, keep_best
 from semseg_automl.third_party import lightning
-
-Weights = dict[str, Tensor]
-"""Trainable parameters, and what else training changes (statistics of batch norms), by name, on the CPU."""
 
 
 @dataclass
@@ -33,11 +31,12 @@ class TrainingResult:
 
     Attributes:
         history: one entry per validation: epoch, step, seconds, train_loss, lr, and the validation metric by name.
-        best_score: the best validation score, NaN if none was reached.
+        best_score: the best validation score, that of a soup if there is one; NaN if none was reached.
         best_epoch: the epoch it was reached in, -1 if none was.
-        stopped_by: ``max_epochs``, ``patience``, ``time_limit`` or ``interrupt``.
+        stopped_by: ``max_epochs``, ``patience``, ``time_limit``, ``interrupt`` or, of a part, ``slice``.
         expert_usage: validation images (windows, where a layer sees each alone) that each expert got in the best
             epoch, by layer; empty without experts, or before a validation.
+        validation_seconds: that the last validation took.
     """
 
     history: list[dict[str, float]] = field(default_factory=list)
@@ -45,6 +44,7 @@ class TrainingResult:
     best_epoch: int = -1
     stopped_by: str = "max_epochs"
     expert_usage: dict[str, list[int]] = field(default_factory=dict)
+    validation_seconds: float = 0.0
 
 
 def learning_rate_factor(progress: float, *, warmup: float, schedule: str) -> float:
@@ -122,8 +122,12 @@ class Clock(lightning.Callback):
         self.validation_start = time.monotonic()
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Keep back as much time as this validation took, half as much again, and a second for saving."""
-        self.reserve = 1.5 * (time.monotonic() - self.validation_start) + 1.0
+        """Keep back as much time as this validation took, half as much again, and a second for saving.
+
+        A soup is validated once for each further ingredient.
+        """
+        validations = 1.5 + (self.plan.soup - 1)
+        self.reserve = validations * (time.monotonic() - self.validation_start) + 1.0
 
 
 class ExpertUsage(lightning.Callback):
@@ -198,8 +202,9 @@ class WeightKeeper(lightning.Callback):
         self.average = [p.detach().clone() for p in self.parameters.values()]
         self.average_in_place = False
         self.best: Weights | None = None
+        self.top: list[Ingredient] = []
         self.steps = 0
-        self.started = time.monotonic()
+        self.started = self.validation_start = time.monotonic()
 
     @property
     def statistics(self) -> dict[str, Tensor]:
@@ -211,6 +216,7 @@ class WeightKeeper(lightning.Callback):
         return {
             "average": self.average,
             "best": self.best,
+            "top": [(each.score, each.epoch, each.weights) for each in self.top],
             "steps": self.steps,
             "seconds": time.monotonic() - self.started,
             "result": asdict(self.result),
@@ -219,6 +225,7 @@ class WeightKeeper(lightning.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         self.average, self.best, self.steps = state_dict["average"], state_dict["best"], state_dict["steps"]
+        self.top = [Ingredient(*each) for each in state_dict["top"]]
         self.started = time.monotonic() - state_dict["seconds"]
         for name, value in state_dict["result"].items():
             setattr(self.result, name, value)
@@ -241,6 +248,7 @@ class WeightKeeper(lightning.Callback):
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Put the average in place; of statistics, that of all processes, each of which counted its own images."""
+        self.validation_start = time.monotonic()
         self._swap()
         for counted in self.statistics.values():
             if in_group() and counted.is_floating_point():
@@ -248,6 +256,7 @@ class WeightKeeper(lightning.Callback):
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Note the epoch, keep the weights if they are the best so far, and put the optimised ones back."""
+        self.result.validation_seconds = round(time.monotonic() - self.validation_start, 3)
         score = float(trainer.callback_metrics[self.plan.validation_metric])
         higher = bool(getattr(pl_module, "metric").higher_is_better)  # noqa: B009
         group = trainer.optimizers[0].param_groups[0]
@@ -260,6 +269,9 @@ class WeightKeeper(lightning.Callback):
                 self.plan.validation_metric: score,
             }
         )
+        if self.plan.soup > 1:
+            new = Ingredient(score, trainer.current_epoch, self.current())
+            self.top = keep_best(self.top, new, most=self.plan.soup, higher_is_better=higher)
         best = self.result.best_score
         if self.best is None or math.isnan(best) or (score > best if higher else score < best):
             self.best = self.current()
@@ -295,6 +307,29 @@ class WeightKeeper(lightning.Callback):
             average.copy_(kept)
         self.average_in_place = not self.average_in_place
 
+    def place(self, weights: Weights) -> None:
+        """Put weights in place."""
+        for name, tensor in (self.parameters | self.statistics).items():
+            tensor.data.copy_(weights[name])
+
+    def stir(self, judge: Callable[[], float], *, higher_is_better: bool) -> int:
+        """Make the best weights the greedy soup of the best states, and return of how many they are the average.
+
+        Args:
+            judge: scores the weights in place.
+            higher_is_better: of the score.
+        """
+
+        def judged(weights: Weights) -> float:
+            self.place(weights)
+            return judge()
+
+        self.best, score, count = greedy_soup(self.top, judged, higher_is_better=higher_is_better)
+        if count > 1:
+            self.result.best_score = score
+            self.on_best(self.best)
+        return count
+
     def restore(self) -> None:
         """Put the best weights in place, or the average where no validation was reached."""
         if self.best is None:
@@ -302,5 +337,4 @@ class WeightKeeper(lightning.Callback):
                 self._swap()
             self.on_best(self.current())
             return
-        for name, tensor in (self.parameters | self.statistics).items():
-            tensor.data.copy_(self.best[name])
+        self.place(self.best)

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from semseg_automl.data.channels import Channels
 from semseg_automl.data.images import ImageSource, read_image, read_mask
 from semseg_automl.errors import DataError
 from semseg_automl.files import replaced
@@ -41,6 +42,8 @@ class View:
     name: str
     image: ImageSource
     mask: ImageSource | None
+    channels: Channels | None = None
+    """Of the image."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ def write_page(page: Page, path: str | os.PathLike[str], task: SegmentationTask 
 def picture_of(view: View, task: SegmentationTask | None) -> bytes | None:
     """Return an image with its mask over it as JPEG, at most 240 pixels a side; None where it cannot be read."""
     try:
-        image = read_image(view.image)
+        image = read_image(view.image, channels=view.channels)
     except DataError:
         return None  # the card says what is wrong with it
     labels = None if task is None or view.mask is None else _labels(view.mask, task, image.shape[:2])

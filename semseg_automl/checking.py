@@ -10,15 +10,18 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from semseg_automl.check_page import Card, Page, PageTable, View, plain_text, write_page
 from semseg_automl.config import load_config
+from semseg_automl.data.channels import as_channels
 from semseg_automl.data.checks import each_row
+from semseg_automl.data.colours import Colour, read_color_map
 from semseg_automl.data.images import read_mask
 from semseg_automl.data.objects import extents
 from semseg_automl.data.survey import FileNotes, survey_table
@@ -200,7 +203,7 @@ class DataReport:
     def _view(self, place: Place) -> View:
         table, row = self._tables[place.split], place.row or 0
         mask = None if table.masks is None else table.masks[row]
-        return View(f"{place.split} {table.row_name(row)}", table.images[row], mask)
+        return View(f"{place.split} {table.row_name(row)}", table.images[row], mask, table.channels)
 
 
 def check_data(
@@ -211,6 +214,11 @@ def check_data(
     image: str = "image",
     label: str = "label",
     base_dir: str | os.PathLike[str] | None = None,
+    num_classes: int | None = None,
+    class_names: Sequence[str] | Mapping[int, str] | None = None,
+    color_map: Mapping[Any, str] | str | os.PathLike[str] | None = None,
+    ignore_label: int | Colour | None = None,
+    channels: Sequence[int] | None = None,
     input_size: tuple[int, int] | None = None,
     path: str | os.PathLike[str] | None = None,
 ) -> DataReport:
@@ -220,41 +228,61 @@ def check_data(
     (default ``~/.cache/semseg_automl``) until it changes. Smoothed masks are opened again to measure their objects.
 
     Args:
-        train: table of training rows, or CSV file.
+        train: table of training rows, or CSV file; or annotations, as for ``SemanticSegmentor.fit``.
         val: validation rows.
         test: test rows.
         image: column of the image paths.
         label: column of the mask paths.
         base_dir: folder that relative paths start from; None for the CSV's own, else the current one.
+        num_classes: as for ``SemanticSegmentor``, like the next four.
+        class_names: names by value, or in the order of the values.
+        color_map: names by colour, or a file of them.
+        ignore_label: value, or colour, of pixels without a label.
+        channels: which channels of the images are read.
         input_size: ``(height, width)`` in pixels that the model will see; None for what ``fit`` would plan with the
             preset "fast" and no checkpoint.
         path: of an HTML page to write, too.
 
     Raises:
-        DataError: a table cannot be read; files that cannot be used are findings instead.
-        ConfigError: `input_size` is no pair of positive numbers.
+        DataError: a table or the color_map cannot be read; files that cannot be used, and masks that contradict what
+            was said of their classes, are findings instead.
+        ConfigError: `input_size` is no pair of positive numbers, or `channels` are not one or three.
     """
     if input_size is not None and (len(input_size) != 2 or min(input_size) < 1):
         raise ConfigError(f"input_size is {input_size}; give height and width in pixels, such as (256, 256)")
-    sources = {"train": train, "val": val, "test": test}
-    tables = {
-        name: read_table(data, image_column=image, label_column=label, base_dir=base_dir)
-        for name, data in sources.items()
-        if data is not None
-    }
+    said = _Said(num_classes, class_names, None if color_map is None else read_color_map(color_map), ignore_label)
+    about: dict[str, Any] = {"image_column": image, "label_column": label, "base_dir": base_dir}
+    about["channels"] = as_channels(channels)
+    tables: dict[str, MaskTable] = {}
+    for name, data, split in (("train", train, ("train",)), ("val", val, ("val",)), ("test", test, ("test", "val"))):
+        if data is not None:
+            known = tables["train"].class_names if tables else {}
+            tables[name] = read_table(data, split=split, known=known, **about)
     shown = sys.stdout.isatty()
     notes = FileNotes(cache_folder() / "checks")
     splits = [Split(name, table, survey_table(table, notes, progress=shown)) for name, table in tables.items()]
     notes.close()
-    report = _judged(splits, input_size, (notes.trouble,) if notes.trouble else ())
+    report = _judged(splits, said, input_size, (notes.trouble,) if notes.trouble else ())
     if path is not None:
         report.write_html(path)
     return report
 
 
-def _judged(splits: Sequence[Split], input_size: tuple[int, int] | None, notes: tuple[str, ...]) -> DataReport:
+@dataclass(frozen=True)
+class _Said:
+    """What the user said of the classes; arguments of `infer_task`."""
+
+    num_classes: int | None
+    class_names: Sequence[str] | Mapping[int, str] | None
+    color_map: Mapping[int, str] | None
+    ignore_label: int | Colour | None
+
+
+def _judged(
+    splits: Sequence[Split], said: _Said, input_size: tuple[int, int] | None, notes: tuple[str, ...]
+) -> DataReport:
     found = flaws(splits)
-    task, told = _understood(splits)
+    task, told = _understood(splits, said)
     found += told
     rows: list[LabelledRow] = []
     counts: dict[str, list[tuple[int, int, int]]] = {}
@@ -285,20 +313,26 @@ def _judged(splits: Sequence[Split], input_size: tuple[int, int] | None, notes: 
     )
 
 
-def _understood(splits: Sequence[Split]) -> tuple[SegmentationTask | None, list[Finding]]:
+def _understood(splits: Sequence[Split], said: _Said) -> tuple[SegmentationTask | None, list[Finding]]:
     """Infer the task as `fit` does, from training and validation rows; None, and why, where that fails."""
     fitted = [split for split in splits if split.name != "test"]
     checks = [seen.check for split in fitted for seen in split.rows if seen.check is not None]
     place = Place(fitted[0].name, None)
     if not checks:
         return None, [Finding(place, "error", "no usable row", "no row can be used, so nothing is known of the masks")]
+    names = said.class_names
+    if names is None and said.color_map is None and fitted[0].table.class_names:
+        names = {value: name for value, name in fitted[0].table.class_names.items() if value != said.ignore_label}
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             task = infer_task(
                 [check.value_counts for check in checks],
                 encodings=[check.encoding for check in checks],
-                class_names=fitted[0].table.class_names or None,
+                num_classes=said.num_classes,
+                class_names=names,
+                color_map=said.color_map,
+                ignore_label=said.ignore_label,
             )
     except DataError as error:
         return None, [Finding(place, "error", "classes not understood", str(error))]

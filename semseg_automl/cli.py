@@ -1,4 +1,4 @@
-"""``semseg-automl fit | evaluate | predict | check | demo | info``: the estimator's steps from a shell.
+"""``semseg-automl fit | evaluate | predict | leaderboard | report | review | calibrate | check | ...``, from a shell.
 
 Nothing heavy is imported before a command runs, so that ``--help`` answers at once.
 """
@@ -25,7 +25,26 @@ app = typer.Typer(
 
 Settings = Annotated[list[str] | None, typer.Option("--set", "-s", help="A setting, as optim.lr=0.001; repeatable.")]
 Columns = typer.Option(help="Column of the table.")
+ColourMap = Annotated[Path | None, typer.Option(help="File that names the colours of the masks.")]
+Ignored = Annotated[str | None, typer.Option(help="Value, or #rrggbb, of pixels without a label.")]
+Chosen = Annotated[str | None, typer.Option(help="Channels of the images to take as R,G,B, or one; from 0, as 3,2,1.")]
 LABELLED = "CSV with columns image and label, JSON of COCO, data.yaml of YOLO, or a folder of annotations"
+
+
+def _whole_numbers(text: str | None, option: str) -> list[int] | None:
+    """Parse numbers with commas between them."""
+    from semseg_automl.errors import ConfigError
+
+    if text is None:
+        return None
+    if not re.fullmatch(r"\d{1,4}(,\d{1,4})*", text):
+        raise ConfigError(f"{option} got '{text}'; write whole numbers with commas between them, such as 2,1,0.")
+    return [int(part) for part in text.split(",")]
+
+
+def _label(text: str | None) -> int | str | None:
+    """Parse a value of a mask: a number, or else a colour."""
+    return int(text) if text is not None and re.fullmatch(r"-?\d{1,10}", text) else text
 
 
 def _settings(pairs: list[str] | None) -> dict[str, Any]:
@@ -43,6 +62,15 @@ def _settings(pairs: list[str] | None) -> dict[str, Any]:
     return parsed
 
 
+def _files(
+    image: str, label: str, color_map: Path | None, ignore_label: str | None, channels: str | None
+) -> dict[str, Any]:
+    """Return what the user said of the files, as `SemanticSegmentor` and `check_data` take it."""
+    chosen = _whole_numbers(channels, "--channels")
+    said = {"color_map": color_map, "ignore_label": _label(ignore_label), "channels": chosen}
+    return {"image": image, "label": label, **said}
+
+
 @app.command()
 def fit(
     train: Annotated[Path, typer.Argument(help=f"Training rows: {LABELLED}.")],
@@ -51,11 +79,14 @@ def fit(
     preset: Annotated[str, typer.Option(help="Name of a preset.")] = "auto",
     checkpoint: Annotated[Path | None, typer.Option(help="Pretrained encoder weights.")] = None,
     time_limit: Annotated[float | None, typer.Option(help="Seconds for everything.")] = None,
+    trials: Annotated[int | None, typer.Option(help="Configurations to race before the best is fitted.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with a fit that was cut off in --out.")] = False,
     seed: Annotated[int, typer.Option(help="Of weights, order and augmentation.")] = 0,
     image: Annotated[str, Columns] = "image",
     label: Annotated[str, Columns] = "label",
-    color_map: Annotated[Path | None, typer.Option(help="File that names the colours of the masks.")] = None,
-    ignore_label: Annotated[str | None, typer.Option(help="Value, or #rrggbb, of pixels without a label.")] = None,
+    color_map: ColourMap = None,
+    ignore_label: Ignored = None,
+    channels: Chosen = None,
     dry_run: Annotated[bool, typer.Option(help="Print task and plan, train nothing.")] = False,
     settings: Settings = None,
 ) -> None:
@@ -65,11 +96,11 @@ def fit(
     hyperparameters = _settings(settings)
     if checkpoint is not None:
         hyperparameters["model.checkpoint"] = str(checkpoint)
-    number = ignore_label is not None and re.fullmatch(r"-?\d{1,10}", ignore_label)
-    ignored = int(number[0]) if number else ignore_label
-    masks: dict[str, Any] = {"image": image, "label": label, "color_map": color_map, "ignore_label": ignored}
-    segmentor = SemanticSegmentor(path=out, presets=preset, hyperparameters=hyperparameters, **masks)
-    segmentor.fit(train, val, time_limit=time_limit, seed=seed, dry_run=dry_run)
+    files = _files(image, label, color_map, ignore_label, channels)
+    segmentor = SemanticSegmentor(path=out, presets=preset, hyperparameters=hyperparameters, **files)
+    tuned = None if trials is None else {"num_trials": trials}
+    rest: dict[str, Any] = {"hyperparameter_tune_kwargs": tuned, "resume": resume, "dry_run": dry_run}
+    segmentor.fit(train, val, time_limit=time_limit, seed=seed, **rest)
 
 
 @app.command()
@@ -88,6 +119,69 @@ def evaluate(
         return
     width = max(len(name) for name in figures)
     print("\n".join(f"{name:{width}}  {value:.4f}" for name, value in figures.items()))
+
+
+@app.command()
+def leaderboard(
+    bundle: Annotated[Path, typer.Argument(help="Folder that fit --trials wrote.")],
+    data: Annotated[Path | None, typer.Argument(help=f"Rows to judge all on: {LABELLED}.")] = None,
+    metric: Annotated[list[str] | None, typer.Option(help="Metric name; repeatable.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Table to write as well.")] = None,
+) -> None:
+    """List every configuration that the search of a fit tried, the winner first."""
+    from semseg_automl.estimator import SemanticSegmentor
+
+    board = SemanticSegmentor.load(bundle).leaderboard(data, metric)
+    print(board.to_string(float_format="{:.3f}".format))
+    if csv is not None:
+        board.to_csv(csv)
+
+
+@app.command()
+def report(
+    bundle: Annotated[Path, typer.Argument(help="Folder that fit wrote.")],
+    data: Annotated[Path, typer.Argument(help=f"Labelled rows: {LABELLED}.")],
+    out: Annotated[Path, typer.Option(help="Page to write.")] = Path("report.html"),
+    pictures: Annotated[int, typer.Option(help="Of the worst, the median and the best images each.")] = 4,
+) -> None:
+    """Judge a saved segmentor on labelled images, in one HTML page that needs no network."""
+    from semseg_automl.estimator import SemanticSegmentor
+
+    print(f"page: {SemanticSegmentor.load(bundle).report(data, out, pictures=pictures)}")
+
+
+@app.command()
+def review(
+    bundle: Annotated[Path, typer.Argument(help="Folder that fit wrote.")],
+    data: Annotated[Path, typer.Argument(help="CSV with an image column, a folder, annotations, or one image.")],
+    n: Annotated[int, typer.Option("--n", "-n", help="How many to list.")] = 20,
+    csv: Annotated[Path | None, typer.Option(help="Table to write as well.")] = None,
+) -> None:
+    """List the images to look at, or to label, first: those whose predictions are likely to be the worst."""
+    from semseg_automl.estimator import SemanticSegmentor
+
+    listed = SemanticSegmentor.load(bundle).review(data, n)
+    print(listed.to_string(float_format="{:.3f}".format))
+    if csv is not None:
+        listed.to_csv(csv, index_label="row")
+
+
+@app.command()
+def calibrate(
+    bundle: Annotated[Path, typer.Argument(help="Folder that fit wrote.")],
+    data: Annotated[Path, typer.Argument(help=f"Labelled rows that were not trained on: {LABELLED}.")],
+    threshold: Annotated[str | None, typer.Option(help="Metric to choose the decision threshold by.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to save in; else the segmentor's own.")] = None,
+) -> None:
+    """Make probabilities believable, perhaps choose the decision threshold, and save both."""
+    from semseg_automl.estimator import SemanticSegmentor
+
+    segmentor = SemanticSegmentor.load(bundle)
+    segmentor.calibrate_temperature(data)
+    if threshold is not None:
+        segmentor.calibrate_decision_threshold(data, threshold)
+    print(f"temperature  {segmentor.temperature_:.4f}\nthreshold    {segmentor.threshold_:.4f}")
+    print(f"saved in {segmentor.save(bundle if out is None else out)}")
 
 
 @app.command()
@@ -115,17 +209,20 @@ def predict(
 
 @app.command()
 def check(
-    train: Annotated[Path, typer.Argument(help="CSV of training rows, columns image and label.")],
-    val: Annotated[Path | None, typer.Option(help="CSV of validation rows.")] = None,
-    test: Annotated[Path | None, typer.Option(help="CSV of test rows.")] = None,
+    train: Annotated[Path, typer.Argument(help=f"Training rows: {LABELLED}.")],
+    val: Annotated[Path | None, typer.Option(help="Validation rows.")] = None,
+    test: Annotated[Path | None, typer.Option(help="Test rows.")] = None,
     html: Annotated[Path | None, typer.Option(help="Page to write, with pictures.")] = None,
     image: Annotated[str, Columns] = "image",
     label: Annotated[str, Columns] = "label",
+    color_map: ColourMap = None,
+    ignore_label: Ignored = None,
+    channels: Chosen = None,
 ) -> None:
     """Check files, classes, duplicates and leaks before fitting; exit code 1 when something is wrong."""
     from semseg_automl.checking import check_data
 
-    report = check_data(train, val, test, image=image, label=label, path=html)
+    report = check_data(train, val, test, path=html, **_files(image, label, color_map, ignore_label, channels))
     print(report)
     if html is not None:
         print(f"page: {html}")
@@ -153,32 +250,41 @@ def demo(
 
 
 @app.command()
+def presets() -> None:
+    """List the presets: what each is for, its source, command, hardware and expected score."""
+    from semseg_automl.config import list_presets
+
+    for name, header in list_presets().items():
+        print(f"{name}\n" + "\n".join(f"  {line}" for line in header.splitlines()) + "\n")
+
+
+@app.command()
 def info(
-    bundle: Annotated[Path | None, typer.Argument(help="Folder that fit wrote; else this machine and presets.")] = None,
+    bundle: Annotated[Path | None, typer.Argument(help="Folder that fit wrote; else this machine.")] = None,
 ) -> None:
-    """Describe a saved segmentor, or this machine and the presets."""
+    """Describe a saved segmentor, or this machine."""
     if bundle is not None:
         from semseg_automl.estimator import SemanticSegmentor
+        from semseg_automl.forecast import compared
         from semseg_automl.peft.usage import usage_summary
 
         segmentor = SemanticSegmentor.load(bundle)
         summary = segmentor.fit_summary()
         summary.pop("history")
-        usage = summary.pop("expert_usage")
+        usage, foretold = summary.pop("expert_usage"), compared(summary.pop("forecast"))
         print(segmentor.task_)
         print("\n".join(f"{key:22} {value}" for key, value in summary.items()))
+        if foretold:
+            print(f"it took {foretold}")
         if usage:
             print(usage_summary(usage))
         print(segmentor.plan_)
         return
-    from semseg_automl.config import list_presets
     from semseg_automl.hardware import detect_hardware
 
     hardware = detect_hardware()
     print(f"semseg_automl {__version__}")
     print(f"{hardware.name}, {hardware.memory / 2**30:.1f} GiB, bfloat16 {'fast' if hardware.bf16 else 'not fast'}")
-    for name, header in list_presets().items():
-        print(f"\n{name}\n" + "\n".join(f"  {line}" for line in header.splitlines()))
 
 
 def main() -> None:

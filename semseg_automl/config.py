@@ -152,6 +152,9 @@ class OptimConfig(_Section):
     schedule: Literal["cosine", "linear"] = Field("cosine", description="How the learning rate falls to zero.")
     gradient_clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
     ema: float = Field(0.98, ge=0, lt=1, description="Decay of the averaged weights that are kept; 0 for none.")
+    soup: PositiveInt = Field(
+        1, description="States of the weights, the best ones, that are averaged if that scores higher; 1: the best one."
+    )
     max_epochs: Auto | PositiveInt = Field("auto", description="Passes over the data at most.")
     patience: Auto | PositiveInt = Field("auto", description="Validations without improvement before training stops.")
 
@@ -161,6 +164,9 @@ class DataConfig(_Section):
 
     augmentation: Auto | Literal["none", "flip", "light", "medium", "strong"] = Field(
         "auto", description="Strength of the joint augmentation of image and mask."
+    )
+    sampling: Auto | Literal["uniform", "repeat_factor"] = Field(
+        "auto", description="Images shown alike, or those with classes that few images have more often (LVIS)."
     )
     holdout_frac: Auto | float = Field("auto", description="Share of the rows kept for validation if none are given.")
     mirrored: bool = Field(
@@ -182,6 +188,39 @@ class DataConfig(_Section):
     def _usable_scale(cls, value: str | float) -> str | float:
         if isinstance(value, float) and not 0.01 <= value <= 16:
             raise ValueError("must be from 0.01 to 16")
+        return value
+
+
+class SearchConfig(_Section):
+    """Whether configurations race, and what is done with the winner; one of them is the plan's own."""
+
+    candidates: NonNegativeInt = Field(
+        0, description="Configurations that race for the first part of the time, the plan's and a baseline; 0: none."
+    )
+    share: float = Field(0.4, gt=0, le=0.9, description="Of the time limit, or of the steps, that a race may take.")
+    searcher: Literal["tpe", "random"] = Field(
+        "tpe", description="Draws configurations once the portfolio is used up: Optuna's TPE, or evenly."
+    )
+    space: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Settings to draw from instead of the usual ones: lists of values, or low, high and log.",
+    )
+    storage: str | None = Field(
+        None, description="Where Optuna keeps the race: URL of a database that machines share; None: a file of the fit."
+    )
+    study: str = Field("semseg_automl", min_length=1, description="Name of the race in a storage that is shared.")
+    calibrate: bool = Field(
+        True, description="After a race, choose threshold and mirroring of predictions by validation scores."
+    )
+    latency: PositiveFloat | None = Field(
+        None, description="Milliseconds per image that predictions may take at most with mirroring; None: any."
+    )
+
+    @field_validator("candidates")
+    @classmethod
+    def _a_race(cls, value: int) -> int:
+        if value == 1:
+            raise ValueError("must be 0 for no search, or 2 and more: the plan's own and the baseline")
         return value
 
 
@@ -221,6 +260,7 @@ class Config(_Section):
     optim: OptimConfig = Field(default_factory=OptimConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     env: EnvConfig = Field(default_factory=EnvConfig)
+    search: SearchConfig = Field(default_factory=SearchConfig)
 
 
 def resolve(asked: Any, auto: Any, name: str, why: str, reasons: dict[str, str]) -> Any:

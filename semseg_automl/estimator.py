@@ -29,16 +29,18 @@ from semseg_automl.errors import BundleError, ConfigError, check_known
 from semseg_automl.fingerprint import Fingerprint, fingerprint
 from semseg_automl.fitted import Table
 from semseg_automl.fitting import fit_bundle
-from semseg_automl.hardware import Hardware, detect_hardware
+from semseg_automl.forecast import look_ahead
+from semseg_automl.hardware import Hardware, detect_hardware, training_device
 from semseg_automl.judging import JudgedSegmentor
 from semseg_automl.plan import Plan
 from semseg_automl.planning import PLANNED, Chosen, Planning, check_plan, choose_settings, planned_choices
 from semseg_automl.processes import ALONE
 from semseg_automl.report_page import seconds_of_fit, write_fit_report
+from semseg_automl.searching import Search, check_search, tune_settings
 from semseg_automl.task import SegmentationTask, infer_task
-from semseg_automl.training import trainer_processes
+from semseg_automl.trainer_options import trainer_processes
 
-KEPT_SETTINGS = ("label", "image", "eval_metric", "validation_metric")
+KEPT_SETTINGS = ("label", "image", "eval_metric", "validation_metric", "channels")
 """Constructor arguments that a saved segmentor remembers."""
 
 MAX_HOLDOUT = 0.2
@@ -65,6 +67,8 @@ class SemanticSegmentor(JudgedSegmentor):
             (``classes.csv``, ``labelmap.txt``); None infers the classes. Colours named ``void`` are no class.
         ignore_label: value on disk, or colour, of pixels without a label; None infers it.
         base_dir: folder that relative paths start from; None for the CSV's own, else the current one.
+        channels: which channels of the images, counted from 0, are red, green and blue, or the one that is grey; needed
+            where TIFF or ``.npy`` files have more than four. The saved segmentor reads the same ones.
         verbosity: 0 silent, 1 a line per epoch, 2 a progress bar too.
     """
 
@@ -86,6 +90,7 @@ class SemanticSegmentor(JudgedSegmentor):
         color_map: Mapping[Any, str] | str | PathLike[str] | None = None,
         ignore_label: int | Colour | None = None,
         base_dir: str | PathLike[str] | None = None,
+        channels: Sequence[int] | None = None,
         verbosity: int = 2,
     ) -> None:
         self.problem_type = problem_type
@@ -101,6 +106,7 @@ class SemanticSegmentor(JudgedSegmentor):
         self.color_map = color_map
         self.ignore_label = ignore_label
         self.base_dir = base_dir
+        self.channels = channels
         self.verbosity = verbosity
 
     def fit(
@@ -117,6 +123,7 @@ class SemanticSegmentor(JudgedSegmentor):
         plan: Plan | str | PathLike[str] | None = None,
         resume: bool = False,
         on_bad_rows: Literal["raise", "drop"] = "raise",
+        hyperparameter_tune_kwargs: str | Mapping[str, Any] | None = None,
         dry_run: bool = False,
         **trainer_options: Any,
     ) -> Self:
@@ -137,7 +144,10 @@ class SemanticSegmentor(JudgedSegmentor):
             resume: go on with the fit of the same plan and data that was cut off in the constructor's `path`, if there
                 is one; without a time limit, and on one processor type, to the very weights it would have had.
             on_bad_rows: "drop" leaves out rows whose files cannot be used, and names each of them.
-            dry_run: decide everything, set `task_` and `plan_`, and train nothing.
+            hyperparameter_tune_kwargs: race configurations before the best of them is fitted to the end: "auto", or a
+                mapping as for `semseg_automl.searching.tune_settings`, such as ``{"num_trials": 6}``. `leaderboard`
+                lists them then.
+            dry_run: decide everything, set `task_`, `plan_` and `forecast_`, and train nothing.
             **trainer_options: passed to Lightning's Trainer by name: callbacks, accelerator, devices, ... `logger` is
                 ``tensorboard`` (the default, into the folder's ``logs``), ``mlflow``, ``wandb``, ``csv``, a logger of
                 Lightning's, a list of these, or False for none.
@@ -155,23 +165,32 @@ class SemanticSegmentor(JudgedSegmentor):
         if given is not None:
             decided = [presets, hyperparameters, self.hyperparameters, seed, time_limit, *map(settings.get, PLANNED)]
             seed, time_limit = planned_choices(given, decided)
-        chosen = self._chosen(presets, hyperparameters, holdout_frac, settings)
+        tuned = tune_settings(hyperparameter_tune_kwargs)
+        chosen = self._chosen(presets, [hyperparameters, tuned], holdout_frac, settings)
         config = chosen.config
         hardware = detect_hardware()  # before anything is kept, which would count as used
         kept = DecodedFiles(0 if dry_run else _room(config, given, hardware))
         fit_table, validation, checks = self._tables(train_data, tuning_data, groups, on_bad_rows, config, seed, kept)
+        planning = self._planning(fit_table, checks, hardware, seed=seed, time_limit=time_limit)
+        search = given is None and config.search.candidates > 0
         if given is None:
-            planning = self._planning(fit_table, checks, hardware, seed=seed, time_limit=time_limit)
             given = planning.plan(chosen)
         else:
             check_plan(given, self.task_)
         self.plan_ = given
         self.classes_ = np.asarray(self.task_.labels)
-        self._say(f"{self.task_}\n{self.plan_}" if dry_run else str(self.task_))
+        data = fingerprint(self.task_, checks, validation_rows=len(validation))
+        if dry_run:
+            self._foretell(fit_table, validation, data, settings, may_change=plan is None)
+        else:
+            self._say(str(self.task_))
+        race = (planning, chosen) if search else None
+        if race is not None:
+            check_search(*race, self.plan_, self._processes, self._say)
         if not dry_run:
             deadline = None if time_limit is None else start + time_limit
-            data = fingerprint(self.task_, checks, validation_rows=len(validation))
-            self._train(fit_table, validation, data, kept, deadline, settings, resume, config.env.state_seconds)
+            seconds, stands = config.env.state_seconds, plan is not None
+            self._train(fit_table, validation, data, kept, deadline, settings, resume, seconds, race, stands)
         return self
 
     def _arranged(self, options: dict[str, Any], resume: bool) -> dict[str, Any]:
@@ -242,8 +261,8 @@ class SemanticSegmentor(JudgedSegmentor):
         """Check every row; those that cannot be used are an error, or left out, named and remembered."""
         check_known("on_bad_rows", on_bad_rows, ["raise", "drop"])
         if on_bad_rows == "raise":
-            return table, check_rows(table, keep=kept)
-        usable, checks, dropped = usable_rows(table, keep=kept)
+            return table, check_rows(table, keep=kept, widths=True)
+        usable, checks, dropped = usable_rows(table, keep=kept, widths=True)
         if dropped:
             self._say("\n- ".join([f"{len(dropped)} of {len(table)} rows cannot be used and are left out:", *dropped]))
         self.dropped_rows_ += dropped
@@ -252,7 +271,7 @@ class SemanticSegmentor(JudgedSegmentor):
     def _chosen(
         self,
         presets: str | None,
-        hyperparameters: Mapping[str, Any] | None,
+        hyperparameters: Sequence[Mapping[str, Any] | None],
         holdout_frac: float | None,
         settings: dict[str, Any],
     ) -> Chosen:
@@ -264,7 +283,7 @@ class SemanticSegmentor(JudgedSegmentor):
         if self.problem_type != "semantic_segmentation":
             raise ConfigError(f"problem_type is '{self.problem_type}'; allowed: semantic_segmentation.")
         held_out = {} if holdout_frac is None else {"data.holdout_frac": holdout_frac}
-        return choose_settings(presets or self.presets, [self.hyperparameters, hyperparameters, held_out], settings)
+        return choose_settings(presets or self.presets, [self.hyperparameters, *hyperparameters, held_out], settings)
 
     def _planning(
         self,
@@ -288,6 +307,24 @@ class SemanticSegmentor(JudgedSegmentor):
             time_limit=time_limit,
         )
 
+    def _foretell(
+        self,
+        table: MaskTable,
+        validation: MaskTable,
+        data: Fingerprint,
+        settings: Mapping[str, Any],
+        *,
+        may_change: bool,
+    ) -> None:
+        """Say task and plan and, of one process, what the fit will take."""
+        said: list[object] = [self.task_, self.plan_]
+        if not self._processes.are_several:
+            rest: dict[str, Any] = {"largest": data.largest, "device": training_device(settings.get("accelerator"))}
+            tables = (table, validation)
+            self.plan_, self.forecast_ = look_ahead(self.plan_, self.task_, *tables, may_change=may_change, **rest)
+            said = [self.task_, self.plan_, self.forecast_]
+        self._say("\n".join(map(str, said)))
+
     def _train(
         self,
         table: MaskTable,
@@ -298,29 +335,29 @@ class SemanticSegmentor(JudgedSegmentor):
         settings: dict[str, Any],
         resume: bool,
         state_seconds: Literal["auto"] | float,
+        race: tuple[Planning, Chosen] | None,
+        stands: bool,
     ) -> None:
-        """Fit the plan, keep the best weights in memory and on disk, and report."""
+        """Fit the plan, or what a race beside it finds, keep the best weights in memory and on disk, and report."""
         reporting = seconds_of_fit(self.plan_.time_limit)
         stamped = Path("runs") / f"segmentor-{datetime.now():%Y%m%d-%H%M%S}"
         self.path_ = Path(self.path) if self.path is not None else stamped
-        bundle = fit_bundle(
-            self.plan_,
-            self.task_,
-            table,
-            validation,
-            self.path_,
-            settings={key: getattr(self, key) for key in KEPT_SETTINGS},
-            dropped_rows=self.dropped_rows_,
-            data=data,
-            kept=kept,
-            say=self._say,
-            resume=resume,
-            state_seconds=None if state_seconds == "auto" else state_seconds,
-            deadline=None if deadline is None else deadline - reporting,
-            trainer_options=settings,
-            processes=self._processes,
-            progress_bar=self.verbosity >= 2,
-        )
+        options: dict[str, Any] = {
+            "settings": {key: getattr(self, key) for key in KEPT_SETTINGS},
+            "dropped_rows": self.dropped_rows_,
+            "data": data,
+            "kept": kept,
+            "state_seconds": None if state_seconds == "auto" else state_seconds,
+            "trainer_options": settings,
+            "progress_bar": self.verbosity >= 2,
+        }
+        end = None if deadline is None else deadline - reporting
+        if race is None:
+            rest: dict[str, Any] = {"processes": self._processes, "deadline": end, "say": self._say, "resume": resume}
+            rest["plan_stands"] = stands
+            bundle = fit_bundle(self.plan_, self.task_, table, validation, self.path_, **options, **rest)
+        else:
+            bundle = Search(*race, self.plan_, validation, self.path_, self._say, options, end, resume).run()
         self._adopt(bundle)
         left = reporting if deadline is None else min(reporting, max(0.0, deadline - time.monotonic()))
         if self._processes.is_first:

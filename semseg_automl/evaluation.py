@@ -21,6 +21,7 @@ from semseg_automl.hardware import detect_hardware
 from semseg_automl.inference import FailedPrediction, MetricSize, Predictor
 from semseg_automl.metrics import MetricChoice, build_metrics
 from semseg_automl.models.segmentation_model import hard_labels
+from semseg_automl.soft_map import shared_maps
 from semseg_automl.strata import stratified
 from semseg_automl.task import SegmentationTask
 from semseg_automl.uncertainty import ImageTallies, Interval
@@ -79,8 +80,9 @@ def score_table(
     """
     built = build_metrics(metrics, kind=task.kind, num_classes=task.num_classes)
     for scores, labels, target in judged(predictor, table, task, threshold, metric_size):
-        for metric in built.values():
-            metric.update(scores, labels, target)
+        with shared_maps():
+            for metric in built.values():
+                metric.update(scores, labels, target)
     results: dict[str, float] = {}
     for name, metric in built.items():
         value = metric.compute()
@@ -104,7 +106,8 @@ def tally_table(
     """Keep what each image adds to each metric, for figures per image and intervals; otherwise as `score_table`."""
     tallies = ImageTallies(build_metrics(metrics, kind=task.kind, num_classes=task.num_classes), task.class_names)
     for scores, labels, target in judged(predictor, table, task, threshold, metric_size):
-        tallies.add(scores, labels, target)
+        with shared_maps():
+            tallies.add(scores, labels, target)
     return tallies
 
 

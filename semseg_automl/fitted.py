@@ -24,11 +24,13 @@ from semseg_automl.build import build_method
 from semseg_automl.bundle import AdapterFormat, Bundle, save_bundle, write_adapter
 from semseg_automl.calibration import check_temperature
 from semseg_automl.data.annotations import are_annotations
+from semseg_automl.data.channels import as_channels
 from semseg_automl.data.checks import check_rows
 from semseg_automl.data.images import ImageSource
 from semseg_automl.data.table import MaskTable, read_frame, read_images, read_table, stream_images
 from semseg_automl.errors import BundleError, ConfigError, SemsegError
 from semseg_automl.evaluation import check_values, evaluate_table
+from semseg_automl.forecast import Forecast
 from semseg_automl.hardware import detect_hardware
 from semseg_automl.inference import FailedPrediction, MetricSize, OnError, Predictor
 from semseg_automl.metrics import DEFAULT_METRICS, MetricChoice, SegmentationMetric
@@ -56,6 +58,7 @@ class FittedSegmentor(BaseEstimator):  # type: ignore[misc]
     image: str
     eval_metric: str | Sequence[str] | None
     base_dir: str | PathLike[str] | None
+    channels: Sequence[int] | None
     verbosity: int
 
     task_: SegmentationTask
@@ -64,6 +67,8 @@ class FittedSegmentor(BaseEstimator):  # type: ignore[misc]
     """Every decision of the fit, with its reason."""
     classes_: NDArray[Any]
     """Values of the classes as they are in the masks: numbers, or colours as ``#rrggbb``."""
+    forecast_: Forecast
+    """What the fit will take, after ``fit(dry_run=True)``."""
     history_: pd.DataFrame
     """One row per validation: epoch, step, seconds, lr, train_loss, the validation metric."""
     path_: Path
@@ -236,7 +241,8 @@ class FittedSegmentor(BaseEstimator):  # type: ignore[misc]
         predictor = self._fitted()
         if not isinstance(data, Iterator):
             return self._masks(self._images(data)[0], on_error)
-        tables = stream_images(data, predictor.batch_size, base_dir=self.base_dir)
+        channels = as_channels(self.channels)
+        tables = stream_images(data, predictor.batch_size, base_dir=self.base_dir, channels=channels)
         return chain.from_iterable(self._masks(table, on_error) for table in tables)
 
     def predict_proba(self, data: Images, *, on_error: OnError = "raise") -> Any:
@@ -275,7 +281,9 @@ class FittedSegmentor(BaseEstimator):  # type: ignore[misc]
             **{key: record[key] for key in ("best_score", "best_epoch", "stopped_by")},
             "seconds": record["history"][-1]["seconds"] if record["history"] else math.nan,
             "path": str(self.path_),
+            **({"search": record["search"]} if "search" in record else {}),
             "expert_usage": record.get("expert_usage", {}),  # bundles of before it was counted have none
+            "forecast": record.get("forecast", {}),  # nor those of before it was made, or of several processes
             "history": record["history"],
         }
 
@@ -354,12 +362,14 @@ class FittedSegmentor(BaseEstimator):  # type: ignore[misc]
             group_column=groups,
             split=split,
             known=known,
+            channels=as_channels(self.channels),
         )
 
     def _images(self, data: Images) -> tuple[MaskTable, bool]:
         """Read the images to predict; also say whether it is one image, not a list of them."""
         self._fitted()
-        table = read_images(data, image_column=self.image, base_dir=self.base_dir)
+        channels = as_channels(self.channels)
+        table = read_images(data, image_column=self.image, base_dir=self.base_dir, channels=channels)
         if isinstance(data, str | PathLike):
             path = Path(data if self.base_dir is None else Path(self.base_dir) / data)
             return table, not (are_annotations(path) or path.suffix.lower() == ".csv")

@@ -14,11 +14,16 @@ import torch
 from semseg_automl.build import seeded_model
 from semseg_automl.bundle import Bundle, load_bundle, save_bundle
 from semseg_automl.callbacks import TrainingResult, Weights
+from semseg_automl.data.cache import ImageCache
 from semseg_automl.data.kept import DecodedFiles
 from semseg_automl.data.table import MaskTable
-from semseg_automl.errors import BundleError, TrainingError
+from semseg_automl.errors import BundleError, ConfigError, TrainingError
 from semseg_automl.fingerprint import Fingerprint
-from semseg_automl.memory import is_out_of_memory, shared_plan, smaller
+from semseg_automl.forecast import Forecast, compared, look_ahead, taken
+from semseg_automl.hardware import training_device
+from semseg_automl.memory import begun_with, is_out_of_memory, shared_plan, smaller
+from semseg_automl.meters import forget_peak, peak_bytes
+from semseg_automl.models.attention_choice import choose_attention
 from semseg_automl.peft import count_parameters
 from semseg_automl.peft.usage import usage_summary
 from semseg_automl.plan import Plan
@@ -36,11 +41,37 @@ from semseg_automl.resume import (
     read_state,
     row_name,
 )
+from semseg_automl.slices import Slice
 from semseg_automl.task import SegmentationTask
 from semseg_automl.training import data_module, train
 
+ATTENTION = "attention.json"
+"""Beside the states of a fit: a fit that goes on must compute as it began."""
+TO_GO_ON = ("interrupt", "slice")
+"""What ends a fit that may be gone on with; an interrupt has ended the other processes, too."""
 THRESHOLD = 0.5
 """Foreground probability above which a pixel is foreground."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Of a fit that takes turns with others.
+
+    Attributes:
+        seconds: of training, after which the fit stops, to be gone on with.
+        cache: decoded images of both tables, which all of the fits share; None for none.
+        steps: of the optimizer, after which it stops. Neither these nor seconds: its last part.
+    """
+
+    seconds: float | None
+    cache: ImageCache | None
+    steps: int | None = None
+
+    def slice(self, states: StateKeeper) -> Slice | None:
+        """Return what ends the part; None where it goes to the end."""
+        if self.seconds is None and self.steps is None:
+            return None
+        return Slice(states, seconds=self.seconds, steps=self.steps)
 
 
 def fit_bundle(
@@ -60,6 +91,8 @@ def fit_bundle(
     deadline: float | None = None,
     trainer_options: dict[str, Any] | None = None,
     processes: Processes = ALONE,
+    part: Part | None = None,
+    plan_stands: bool = False,
     progress_bar: bool = True,
 ) -> Bundle:
     """Fit what a plan describes and save it, each time it gets better.
@@ -80,6 +113,9 @@ def fit_bundle(
         deadline: `time.monotonic` seconds at which everything must be over, or None.
         trainer_options: passed on to Lightning's trainer by name.
         processes: that fit together; each calls this with the same, and the first one speaks and writes.
+        part: of the fit to carry out, where others take turns with it; the deadline then stands, whatever time the
+            parts before it took. None for all of it.
+        plan_stands: no probing changes the plan's micro-batch.
         progress_bar: show Lightning's progress bar.
 
     Raises:
@@ -91,7 +127,7 @@ def fit_bundle(
     say = say if processes.is_first else _silent
     states = folder / FOLDER
     if resume and not (states / RUN).exists() and (folder / "bundle.yaml").exists():
-        return _finished(folder, plan, say)
+        return _finished(folder, plan, settings, say)
     plan = shared_plan(plan, processes, rows=len(table), validation_rows=len(validation))
     tables = {"train": table, "validation": validation}
     state = _earlier_state(states, plan, task, tables, say, resume=resume, writes=processes.is_first)
@@ -99,6 +135,8 @@ def fit_bundle(
     bundle = Bundle(seeded_model(plan), plan, task)
     saver = _Saver(bundle, folder, result, settings, dropped_rows, data, say, writes=processes.is_first)
     _tell_start(bundle, processes, say)
+    if not processes.are_several:
+        _look_ahead(saver, tables, state, trainer_options or {}, may_change=not plan_stands, predicts=part is None)
     options = {
         "on_best": saver.save_best,
         "on_epoch": lambda entry: say(_epoch_line(entry, plan.validation_metric)),
@@ -107,8 +145,10 @@ def fit_bundle(
         "trainer_options": _trainer_options(trainer_options or {}, folder, processes, bundle, tables, state),
         "processes": processes,
         "progress_bar": progress_bar,
+        "deadline_stands": part is not None,
     }
-    rest: dict[str, Any] = {"kept": kept, "say": say, "state_seconds": state_seconds, "options": options}
+    rest: dict[str, Any] = {"kept": kept, "part": part, "say": say, "state_seconds": state_seconds}
+    rest["options"] = options
     with parting():
         _train_within_memory(bundle, tables, result, states, state, **rest)
         saver.finish()
@@ -123,6 +163,27 @@ def _tell_start(bundle: Bundle, processes: Processes, say: Callable[[str], None]
     if processes.are_several:
         images = f"{plan.micro_batch_size} images at a time, {plan.batch_size} together per step"
         say(f"{processes.count} processes train, each on {images}")
+
+
+def _look_ahead(
+    saver: _Saver,
+    tables: Mapping[str, MaskTable],
+    state: Mapping[str, Any] | None,
+    trainer_options: Mapping[str, Any],
+    *,
+    may_change: bool,
+    predicts: bool,
+) -> None:
+    """Find the micro-batch and say what the fit will take, if it `predicts`; let its peak of memory be counted."""
+    bundle, device = saver.bundle, training_device(trainer_options.get("accelerator"))
+    if may_change and state is not None:
+        bundle.plan, may_change = begun_with(bundle.plan, state["micro_batch_size"]), False
+    if predicts and saver.data is not None:
+        rest: dict[str, Any] = {"device": device, "model": bundle.model, "may_change": may_change}
+        rows = (tables["train"], tables["validation"])
+        bundle.plan, saver.forecast = look_ahead(bundle.plan, bundle.task, *rows, largest=saver.data.largest, **rest)
+        saver.say(str(saver.forecast))
+    saver.peak_of = device if forget_peak(device) else None
 
 
 def _silent(_: str) -> None:
@@ -171,6 +232,8 @@ class _Saver:
     say: Callable[[str], None]
     writes: bool = True
     saved: bool = False
+    forecast: Forecast | None = None
+    peak_of: torch.device | None = None
 
     def save(self) -> None:
         """Write what there is.
@@ -178,7 +241,11 @@ class _Saver:
         Raises:
             BundleError: the folder cannot be written.
         """
-        found = {} if self.data is None else {"data": self.data.model_dump(mode="json")}
+        found: dict[str, Any] = {} if self.data is None else {"data": self.data.model_dump(mode="json")}
+        peak = None if self.peak_of is None else peak_bytes(self.peak_of)
+        found["peak_bytes"] = peak
+        if self.forecast is not None:
+            found["forecast"] = {"predicted": self.forecast.plain(), "actual": taken(self.result.history, peak)}
         self.bundle.record = _record(self.result, self.settings, self.dropped_rows) | found
         if self.writes:
             save_bundle(self.folder, self.bundle, frozen_too=not self.saved)
@@ -191,12 +258,14 @@ class _Saver:
             BundleError: the folder cannot be written.
         """
         self.save()
-        if self.result.stopped_by != "interrupt":  # that one may be gone on with, and has ended the other processes
+        if self.result.stopped_by not in TO_GO_ON:
             meet()
             if self.writes:
                 end_run(self.folder / FOLDER)
         if self.writes:
             self.say(_last_line(self.result, self.bundle.plan.validation_metric, self.folder))
+            if self.forecast is not None:
+                self.say(f"it took {compared(self.bundle.record['forecast'])}")
             _tell_experts(self.folder, self.result.expert_usage, self.say)
 
     def save_best(self, _: Weights) -> None:
@@ -243,6 +312,7 @@ def _train_within_memory(
     state: dict[str, Any] | None,
     *,
     kept: DecodedFiles | None,
+    part: Part | None,
     say: Callable[[str], None],
     state_seconds: float | None,
     options: Mapping[str, Any],
@@ -256,6 +326,7 @@ def _train_within_memory(
         states: folder of the states.
         state: to go on with, or None.
         kept: of the rows, see `fit_bundle`.
+        part: see `fit_bundle`.
         say: called with what the user should know.
         state_seconds: see `fit_bundle`.
         options: of `train`.
@@ -265,10 +336,14 @@ def _train_within_memory(
     """
     while True:
         plan = bundle.plan
+        if not options["processes"].are_several:  # they would have to choose alike
+            _choose_attention(bundle, states, training_device(options["trainer_options"].get("accelerator")), say)
         images = plan.micro_batch_size * options["processes"].count
         keeper = StateKeeper(states, micro_batch_size=images, interval=state_seconds, on_notice=say)
-        data = data_module(plan, bundle.task, tables["train"], tables["validation"], kept)
-        rest = {"result": result, "on_notice": say, "states": keeper, "state": state, **options}
+        cache = None if part is None else part.cache
+        data = data_module(plan, bundle.task, tables["train"], tables["validation"], kept, cache)
+        ends = None if part is None else part.slice(keeper)
+        rest = {"result": result, "on_notice": say, "states": keeper, "state": state, "stop_after": ends, **options}
         try:
             train(bundle.model, plan, bundle.task, data, **rest)
         except RuntimeError as error:
@@ -305,15 +380,36 @@ def _train_within_memory(
             torch.cuda.empty_cache()
 
 
-def _finished(folder: Path, plan: Plan, say: Callable[[str], None]) -> Bundle:
+def _choose_attention(bundle: Bundle, states: Path, device: torch.device, say: Callable[[str], None]) -> None:
+    """Give each block the form of attention that is faster here, once for the whole fit, and say which."""
+    plan = bundle.plan
+    chosen = choose_attention(
+        bundle.model.encoder,
+        plan.input_size,
+        batch=plan.micro_batch_size,
+        device=device,
+        dtype={"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(plan.precision, torch.float32),
+        training=True,
+        file=states / ATTENTION,
+    )
+    if chosen:
+        say(chosen)
+
+
+def _finished(folder: Path, plan: Plan, settings: Mapping[str, Any], say: Callable[[str], None]) -> Bundle:
     """Return the bundle of a fit that was not cut off.
 
     Raises:
         BundleError: it is damaged.
-        ConfigError: it was fitted to another plan.
+        ConfigError: it was fitted to another plan, or to other channels of the images.
     """
     bundle = load_bundle(folder)
     check_same_plan(folder, bundle.plan, plan)
+    before, now = (each.get("channels") for each in (bundle.record["settings"], settings))
+    if (None if before is None else list(before)) != (None if now is None else list(now)):
+        raise ConfigError(
+            f"the fit in '{folder}' is of the channels {before}, not {now}; give the same channels=, or another path."
+        )
     say(f"the fit in '{folder}' is complete; nothing is left to do")
     return bundle
 
@@ -342,5 +438,6 @@ def _record(result: TrainingResult, settings: Mapping[str, Any], dropped_rows: S
         "best_epoch": result.best_epoch,
         "stopped_by": result.stopped_by,
         "expert_usage": result.expert_usage,
+        "validation_seconds": result.validation_seconds,
         "history": result.history,
     }

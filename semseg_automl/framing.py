@@ -1,4 +1,4 @@
-"""The part of the plan that decides whether images are seen whole or in tiles, and at which scale. Pure.
+"""The part of the plan that decides with how many pixels images are seen, and whether whole or in tiles. Pure.
 
 Where tiles lie is :mod:`semseg_automl.tiling`'s, how training crops are drawn :mod:`semseg_automl.data.crops`'s.
 """
@@ -20,12 +20,43 @@ LARGE_SIDE = 1024
 scene tells more than its finest detail."""
 
 
+USUAL_SIDE = 256
+LARGER_SIDES = (320, 384)
+SCRATCH_SIDE = 128
+"""Roots of the pixels of the input: what is usual, what thin objects may ask for, and what is enough where all is
+trained from scratch, as steps teach more than pixels (benchmarks/RESULTS.md)."""
+THIN = 4.0
+"""Pixels of the input; scores are computed on every fourth, so narrower objects are less than one of them wide."""
+LONG_FIT = 600.0
+"""Seconds that a fit must have, if it has a limit, for more pixels to pay: in a short one steps teach more
+(benchmarks/LOG.md)."""
+
+
 class Framing(NamedTuple):
     """What of an image the network sees at once; names as in `Plan`."""
 
     input_size: tuple[int, int]
     tile_scale: float | None
     balanced_crops: bool
+
+
+def auto_area(encoder: EncoderFacts, object_width: float | None, time_limit: float | None) -> tuple[int, str]:
+    """Decide how many pixels the input has at most, and say why; more than is usual where objects are thin.
+
+    Args:
+        encoder: one with random weights gets fewer.
+        object_width: how wide objects typically are, relative to the root of their image's pixels; None if unknown.
+        time_limit: seconds for the whole fit, or None.
+    """
+    if not encoder.pretrained:
+        return SCRATCH_SIDE**2, " from scratch"
+    if object_width is None or object_width * USUAL_SIDE >= THIN:
+        return USUAL_SIDE**2, ""
+    thin = f"objects are typically {object_width * USUAL_SIDE:.1f} px wide in {USUAL_SIDE} x {USUAL_SIDE}"
+    if time_limit is not None and time_limit < LONG_FIT:
+        return USUAL_SIDE**2, f" ({thin}, but {time_limit:.0f} s are too short for more)"
+    side = next((side for side in LARGER_SIDES if object_width * side >= THIN), LARGER_SIDES[-1])
+    return side**2, f" ({thin}: {side} x {side})"
 
 
 def choose_framing(

@@ -71,7 +71,8 @@ def comparison_grid(
         truth = task.encode(read_mask(table.masks[row], name=name, colours=task.colours), name=name)
         found = [next(each._fitted().labels(one, threshold=each.threshold_)) for each in segmentors.values()]
         labels = [each for each in found if not isinstance(each, FailedPrediction)]  # an unreadable image has raised
-        drawn.append((read_image(table.images[row], name=name), truth, *labels))
+        image = read_image(table.images[row], name=name, channels=table.channels)
+        drawn.append((image, truth, *labels))
     titles = ("image", "truth", *segmentors)
     picture = overlay_grid(drawn, binary=task.kind == "binary", class_names=task.class_names, titles=titles)
     if target.suffix.lower() == ".png":

@@ -69,6 +69,18 @@ def detect_hardware() -> Hardware:
     return Hardware("cpu", f"CPU with {cores} cores", _ram(), cores, bf16=native, free_ram=_free_ram())
 
 
+def training_device(accelerator: object = None) -> torch.device:
+    """Return where Lightning's trainer trains: on the processor if that is asked for, else on what there is.
+
+    Args:
+        accelerator: the trainer's option.
+
+    >>> training_device("cpu")
+    device(type='cpu')
+    """
+    return torch.device("cpu" if accelerator == "cpu" else detect_hardware().device)
+
+
 def _ram() -> int:
     """Return the bytes of RAM this process may use: the machine's, or its control group's if that is less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -21,6 +21,7 @@ from semseg_automl.data.images import read_image
 from semseg_automl.data.table import MaskTable
 from semseg_automl.data.transforms import Geometry, resize
 from semseg_automl.errors import ConfigError, DataError, UnsupportedCombination
+from semseg_automl.models.attention_choice import choose_attention
 from semseg_automl.models.segmentation_model import SegmentationModel, hard_labels, semantic_scores
 from semseg_automl.tiling import Block, Size, TileGrid, blend, gather, tile_grid
 
@@ -122,9 +123,21 @@ class Predictor:
     ) -> Iterator[T | FailedPrediction]:
         if on_error not in ("raise", "report"):
             raise ConfigError(f"on_error is '{on_error}'; allowed: raise, report.")
+        self._choose_attention()
         if self.tile is not None:
             return self._tiled(table, on_error, collect, self.tile)
         return self._whole(table, on_error, collect, own_size)
+
+    def _choose_attention(self) -> None:
+        """Give each block the form of attention that is faster on this device; measured once per process."""
+        choose_attention(
+            self.model.encoder,
+            self.input_size,
+            batch=self.batch_size,
+            device=self.device,
+            dtype=next(self.model.parameters()).dtype,
+            training=False,
+        )
 
     def _whole(
         self, table: MaskTable, on_error: OnError, collect: Collect[T], own_size: bool
@@ -195,7 +208,7 @@ class Predictor:
 def _read(table: MaskTable, row: int, on_error: OnError) -> NDArray[np.uint8] | FailedPrediction:
     name = table.row_name(row)
     try:
-        return read_image(table.images[row], name=name)
+        return read_image(table.images[row], name=name, channels=table.channels)
     except DataError as error:
         if on_error == "raise":
             raise

@@ -25,8 +25,9 @@ from semseg_automl.data.checks import check_rows
 from semseg_automl.data.table import MaskTable
 from semseg_automl.errors import UnsupportedCombination
 from semseg_automl.evaluation import check_values, finite_scores, judged
-from semseg_automl.fitted import FittedSegmentor, Images, Table
+from semseg_automl.fitted import FittedSegmentor, Images, Metrics, Table
 from semseg_automl.inference import Predictor
+from semseg_automl.leaderboard import rank
 from semseg_automl.models.segmentation_model import hard_labels
 from semseg_automl.review import class_confidence, judge_quality, label_issues, review_list
 
@@ -144,6 +145,34 @@ class JudgedSegmentor(FittedSegmentor):
         """
         table = self._read(data)
         return label_issues(self._judge(table), table.index, self.task_)
+
+    def leaderboard(self, data: Table | None = None, metrics: Metrics | None = None) -> pd.DataFrame:
+        """List every configuration that the search of `fit` tried, the winner first.
+
+        Args:
+            data: labelled rows to judge all of them on; None for what the race knows. Needs the folder that `fit`
+                wrote, with the candidates in it.
+            metrics: as for `evaluate`; None for the metric that chose.
+
+        Returns:
+            Under the candidates' names: ``changed`` (settings beside the plan's own), ``score`` of the last validation,
+            ``seconds`` and ``steps`` of its training, ``left`` (why it went no further). With `data` each figure, the
+            ends of its 95 % bootstrap interval, ``ms_per_image``, ``megabytes`` of the weights on disk, and
+            ``training_peak_mb``, the process's largest memory while it trained.
+
+        Raises:
+            ConfigError: it was fitted without a search, or a metric is unknown.
+            BundleError: a candidate's folder is gone.
+            DataError: rows cannot be used.
+        """
+        predictor = self._fitted()
+        table = None if data is None else self._read(data)
+        if table is not None:
+            check_values(self.task_, table, check_rows(table))
+        chosen = self._metric_names(self.plan_.validation_metric if metrics is None else metrics)
+        return rank(
+            self.path_, self._bundle.record, predictor.device, data=table, metrics=chosen, fitted=self._bundle
+        )
 
     def _judge(self, table: MaskTable, predictor: Predictor | None = None) -> Iterator[Judged]:
         """Check all masks, then predict and pair each with its prediction."""

@@ -46,6 +46,21 @@ def smaller(plan: Plan, *, can_recompute: bool) -> Plan | None:
     return plan.model_copy(update={**changed, "reasons": reasons})
 
 
+def begun_with(plan: Plan, micro_batch_size: int) -> Plan:
+    """Return the plan with the micro-batch that a fit was begun with, which rounds alike, unless another was asked for.
+
+    Args:
+        plan: of the fit that goes on.
+        micro_batch_size: of its state.
+    """
+    name = "micro_batch_size"
+    same = plan.micro_batch_size == micro_batch_size
+    if same or plan.reasons.get(name) == "as asked" or plan.batch_size % micro_batch_size:
+        return plan
+    reasons = plan.reasons | {name: "the fit was begun with it"}
+    return plan.model_copy(update={name: micro_batch_size, "reasons": reasons})
+
+
 def shared_plan(plan: Plan, processes: Processes, *, rows: int, validation_rows: int) -> Plan:
     """Return the plan as each of several processes carries it out: together they take the batch it names.
 

@@ -39,9 +39,10 @@ from semseg_automl.confusion import (
 from semseg_automl.confusion import binary_iou as binary_iou  # this form: the two are imported from here, too
 from semseg_automl.confusion import confusion_matrix as confusion_matrix
 from semseg_automl.errors import ConfigError, DataError, UnsupportedCombination, nearest
+from semseg_automl.soft_map import SoftMap, shared_map
 from semseg_automl.task import IGNORE_INDEX
 from semseg_automl.third_party import torchmetrics
-from semseg_automl.weighted_f import weighted_f_measure
+from semseg_automl.weighted_f import weighted_f_measure_of
 
 
 class SegmentationMetric(torchmetrics.Metric):
@@ -298,43 +299,42 @@ class MeanBoundaryIoU(SegmentationMetric):
 
 
 class _SaliencyMean(_ImageMean):
-    """The mean over images of a soft score of one foreground map, from `semseg_automl.saliency`."""
+    """The mean over images of a soft score of one foreground map; within `shared_maps`, they share what they can."""
 
     measure: ClassVar[Callable[..., Tensor]]
     shape: ClassVar[tuple[int, ...]] = ()
 
     def __init__(self, *, stretch: bool = True) -> None:
-        """Set up an empty state.
-
-        Args:
-            stretch: Map each prediction's own range to [0, 1] first, the field's habit.
-        """
+        """Set up an empty state; `stretch` maps each prediction's own range to [0, 1] first, the field's habit."""
         super().__init__(self.shape)
-        self.options: dict[str, float] = {"stretch": stretch}
+        self.stretch = stretch
+        self.options: dict[str, float] = {}
 
     def _score(self, scores: Tensor, labels: Tensor, target: Tensor) -> Tensor:
-        valid = target != IGNORE_INDEX
-        check_indices("target", target[valid], 2)
-        everywhere = None if bool(valid.all()) else valid
-        return type(self).measure(scores[0], target == 1, valid=everywhere, **self.options)
+        def make() -> SoftMap:
+            valid = target != IGNORE_INDEX
+            check_indices("target", target[valid], 2)
+            return SoftMap(scores[0], target == 1, valid=None if bool(valid.all()) else valid, stretch=self.stretch)
+
+        return type(self).measure(shared_map((scores, target, self.stretch), make), **self.options)
 
 
 class SMeasure(_SaliencyMean):
     """`semseg_automl.saliency.s_measure`, averaged over images."""
 
-    measure = staticmethod(saliency.s_measure)
+    measure = staticmethod(saliency.s_measure_of)
 
 
 class EMeasure(_SaliencyMean):
     """`semseg_automl.saliency.e_measure`, the mean over 256 thresholds, averaged over images."""
 
-    measure = staticmethod(saliency.e_measure)
+    measure = staticmethod(saliency.e_measure_of)
 
 
 class MaxEMeasure(_SaliencyMean):
     """The best of 256 thresholds of the E-measure after averaging over images: one threshold for them all."""
 
-    measure = staticmethod(saliency.e_measure_curve)
+    measure = staticmethod(saliency.e_measure_curve_of)
     shape = (256,)
 
     def figure(self, sums: Mapping[str, Tensor]) -> Tensor:
@@ -345,20 +345,20 @@ class MaxEMeasure(_SaliencyMean):
 class AdaptiveEMeasure(_SaliencyMean):
     """`semseg_automl.saliency.e_measure_adaptive`, at twice each prediction's mean, averaged over images."""
 
-    measure = staticmethod(saliency.e_measure_adaptive)
+    measure = staticmethod(saliency.e_measure_adaptive_of)
 
 
 class MeanAbsoluteError(_SaliencyMean):
     """`semseg_automl.saliency.mean_absolute_error`, averaged over images."""
 
     higher_is_better = False
-    measure = staticmethod(saliency.mean_absolute_error)
+    measure = staticmethod(saliency.mean_absolute_error_of)
 
 
 class WeightedFMeasure(_SaliencyMean):
     """`semseg_automl.weighted_f.weighted_f_measure`, averaged over images; an empty mask scores 0."""
 
-    measure = staticmethod(weighted_f_measure)
+    measure = staticmethod(weighted_f_measure_of)
 
     def __init__(self, *, beta2: float = 1.0, stretch: bool = True) -> None:
         """Set up an empty state.

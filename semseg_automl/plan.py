@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from semseg_automl.adaptation import choose_learning_rate, choose_method, has_frozen_prefix
 from semseg_automl.capacity import fit_to_machine
 from semseg_automl.config import Config, resolve
+from semseg_automl.data.sampling import class_repeats
 from semseg_automl.errors import ConfigError, UnsupportedCombination, check_known
-from semseg_automl.framing import choose_framing, unrepeated_views
+from semseg_automl.fingerprint import ClassShare
+from semseg_automl.framing import LARGE_SIDE, auto_area, choose_framing, unrepeated_views
 from semseg_automl.hardware import Hardware
 from semseg_automl.losses import CRITERIA
 from semseg_automl.models.facts import EncoderFacts
@@ -32,11 +35,18 @@ class DataStats:
         rows: number of labelled images.
         sizes: ``(height, width)`` of each image in pixels.
         loading_seconds: what one thread takes to read and augment an image; None where nobody has measured.
+        classes: how much of the data each class takes; empty where nobody has counted.
+        object_width: how wide the objects typically are, relative to the root of their image's pixels; None where
+            nobody has measured.
+        small_width: what a fifth of them stay below.
     """
 
     rows: int
     sizes: tuple[tuple[int, int], ...]
     loading_seconds: float | None = None
+    classes: tuple[ClassShare, ...] = ()
+    object_width: float | None = None
+    small_width: float | None = None
 
 
 class Plan(BaseModel):
@@ -56,13 +66,16 @@ class Plan(BaseModel):
         adapter: file or folder of adapter weights that training starts from, or None.
         loss: name of the criterion.
         lr: peak learning rate.
+        soup: how many of the best states of the weights are averaged in the end, where that scores higher.
         batch_size: images per optimizer step.
-        micro_batch_size: images per forward pass.
+        micro_batch_size: images per forward pass. The loss does not depend on it, but for what a method computes over
+            a forward pass by its definition: the noise and the balancing loss of Conv-LoRA's experts.
         checkpointing: recompute activations in the backward pass.
         feature_cache: where features of frozen first blocks are kept: ``off``, ``memory`` or ``disk``.
         cached_views: augmented views per image that repeat then; 0 for fresh ones every time.
         image_cache: bytes of decoded images and masks kept in memory, shared by all loader processes; 0 for none.
         views: times each image is shown per epoch.
+        sampling: ``uniform``, or ``repeat_factor`` for images of rare classes more often, others less.
         max_epochs: passes at most.
         time_limit: seconds for the whole fit, or None.
         mirrored: predictions are averaged with those of the mirrored image.
@@ -90,12 +103,14 @@ class Plan(BaseModel):
     schedule: str
     gradient_clip: float
     ema: float
+    soup: int = Field(1, ge=1)
     batch_size: int
     micro_batch_size: int
     checkpointing: bool
     feature_cache: str
     cached_views: int
     views: int
+    sampling: str = "uniform"
     max_epochs: int
     patience: int
     augmentation: str
@@ -124,7 +139,7 @@ class Plan(BaseModel):
 
 
 DECODED_CHANNELS = 4  # three of the image and the mask, uint8
-NEVER_AUTO = {"weight_decay", "warmup", "schedule", "gradient_clip", "ema"}
+NEVER_AUTO = {"weight_decay", "warmup", "schedule", "gradient_clip", "ema", "soup"}
 """Settings of `OptimConfig` that a plan takes as they are."""
 
 DETAIL_STRIDE = 16  # the detail branch's maps of 1/8 and 1/4 meet the decoder's there
@@ -160,9 +175,10 @@ def make_plan(
         UnsupportedCombination: two settings exclude each other; those that work are named.
     """
     reasons: dict[str, str] = {"encoder": encoder.why}
-    framing = choose_framing(config, stats.sizes, _input_size(config, stats, encoder, reasons), encoder, reasons)
+    whole_size = _input_size(config, stats, encoder, time_limit, reasons)
+    framing = choose_framing(config, stats.sizes, whole_size, encoder, reasons)
     peft, peft_options = choose_method(config, encoder, reasons)
-    loss, decoder_options = _head(config, task, encoder, reasons)
+    loss, decoder_options = _head(config, task, stats, encoder, reasons)
     batch_size, views, max_epochs = _budget(config, stats, encoder, time_limit, reasons)
     capacity = fit_to_machine(
         config,
@@ -189,6 +205,7 @@ def make_plan(
         lr=choose_learning_rate(config, encoder, peft, reasons),
         batch_size=batch_size,
         views=views,
+        sampling=_sampling(config, task, stats, reasons),
         max_epochs=max_epochs,
         patience=_patience(config, time_limit, reasons),
         augmentation=_augmentation(config, stats, reasons),
@@ -203,8 +220,10 @@ def make_plan(
     )
 
 
-def _input_size(config: Config, stats: DataStats, encoder: EncoderFacts, reasons: dict[str, str]) -> tuple[int, int]:
-    """SAM's own size for SAM; else about `AUTO_AREA` pixels at the median aspect ratio, never above the images' own."""
+def _input_size(
+    config: Config, stats: DataStats, encoder: EncoderFacts, time_limit: float | None, reasons: dict[str, str]
+) -> tuple[int, int]:
+    """SAM's own size for SAM; else about `auto_area` pixels at the median aspect ratio, never above the images' own."""
     asked, stride = config.model.input_size, encoder.stride
     if encoder.fixed_size is not None:
         if asked not in ("auto", list(encoder.fixed_size), encoder.fixed_size):
@@ -215,12 +234,13 @@ def _input_size(config: Config, stats: DataStats, encoder: EncoderFacts, reasons
         reasons["input_size"] = "what SAM was trained at; smaller is faster: model.input_size"
         return SAM_SIDE, SAM_SIDE
     if asked == "auto":
-        area = AUTO_AREA if encoder.pretrained else SCRATCH_AREA
         height = sorted(h for h, _ in stats.sizes)[len(stats.sizes) // 2]
         width = sorted(w for _, w in stats.sizes)[len(stats.sizes) // 2]
+        tiled = config.data.tiling != "off" and min(height, width) > LARGE_SIDE
+        area, why = auto_area(encoder, None if tiled else stats.object_width, time_limit)
         scale = min(1.0, math.sqrt(area / (height * width)))
         size = _round_to(height * scale, stride), _round_to(width * scale, stride)
-        reasons["input_size"] = f"median image {height} x {width}, at most {area} pixels, multiples of {stride}"
+        reasons["input_size"] = f"median image {height} x {width}, at most {area} pixels{why}, multiples of {stride}"
         return size
     size = (asked, asked) if isinstance(asked, int) else (asked[0], asked[1])
     if any(side < stride or side % stride for side in size):
@@ -234,8 +254,6 @@ def _input_size(config: Config, stats: DataStats, encoder: EncoderFacts, reasons
 
 
 SAM_SIDE = 1024
-AUTO_AREA = 256 * 256
-SCRATCH_AREA = 128 * 128  # from scratch, steps teach more than pixels: benchmarks/RESULTS.md
 
 
 def _round_to(length: float, stride: int) -> int:
@@ -243,7 +261,7 @@ def _round_to(length: float, stride: int) -> int:
 
 
 def _head(
-    config: Config, task: SegmentationTask, encoder: EncoderFacts, reasons: dict[str, str]
+    config: Config, task: SegmentationTask, stats: DataStats, encoder: EncoderFacts, reasons: dict[str, str]
 ) -> tuple[str, dict[str, int | bool | None]]:
     """Choose the loss and the shape of the mask decoder; each loss belongs to one kind of head."""
     dim = 256 if encoder.pretrained else 128
@@ -273,7 +291,7 @@ def _head(
         head = config.model.multiclass_head
     else:
         head = "queries" if asked != "auto" and CRITERIA[asked].head == "queries" else "class_tokens"
-    loss = resolve(asked, USUAL_LOSS[head], "loss", "measured on small data: benchmarks/RESULTS.md", reasons)
+    loss = resolve(asked, *_loss_for(head, stats), reasons)
     if CRITERIA[loss].head != head:
         fitting = ", ".join(name for name, criterion in CRITERIA.items() if criterion.head == head)
         raise UnsupportedCombination(
@@ -295,6 +313,25 @@ def _head(
     return loss, decoder | {"num_mask_tokens": queries, "num_classes": task.num_classes}
 
 
+def _loss_for(head: str, stats: DataStats) -> tuple[str, str, str]:
+    """Choose the loss by how the pixels spread over the classes; return it with the name and reason to note."""
+    loss, why = USUAL_LOSS[head], "measured on small data: benchmarks/RESULTS.md"
+    shares = [each for each in stats.classes if each.share > 0]
+    if head == "binary" and len(stats.classes) == 2:
+        why = f"{stats.classes[1].share:.1%} foreground; its IoU part counts the same in every image, however little"
+    if head == "class_tokens" and shares:
+        rarest = min(shares, key=lambda each: each.share)
+        told = f"{rarest.name} has {rarest.share:.1%} of the pixels, an even share were {1 / len(shares):.1%}"
+        if rarest.share * len(shares) < UNEVEN:
+            loss, why = "balanced_ce_dice", f"{told}: rare classes weigh more"
+        else:
+            why = told
+    return loss, "loss", why
+
+
+UNEVEN = 0.2  # of an even share
+
+
 def _budget(
     config: Config, stats: DataStats, encoder: EncoderFacts, time_limit: float | None, reasons: dict[str, str]
 ) -> tuple[int, int, int]:
@@ -312,6 +349,24 @@ def _budget(
         return batch_size, views, max(10, round(AUTO_STEPS * batch_size / (stats.rows * views)))
     reasons["max_epochs"] = "as asked"
     return batch_size, views, config.optim.max_epochs
+
+
+def _sampling(config: Config, task: SegmentationTask, stats: DataStats, reasons: dict[str, str]) -> str:
+    """Show images of rare classes more often where some class is in far fewer images than the median class."""
+    shares = np.array([each.images for each in stats.classes]) / max(1, len(stats.sizes))
+    if task.kind == "binary" or not shares.any():
+        auto, why = "uniform", "two classes" if task.kind == "binary" else "nobody has counted the classes"
+    else:
+        repeats = class_repeats(shares)
+        rare = int(repeats.argmax())
+        auto = "repeat_factor" if repeats[rare] >= RARE_REPEATS else "uniform"
+        why = f"{stats.classes[rare].name} is in {shares[rare]:.0%} of the images"
+        why += f", shown {repeats[rare]:.1f} times as often" if auto != "uniform" else ": not rare among the classes"
+    sampling: str = resolve(config.data.sampling, auto, "sampling", why, reasons)
+    return sampling
+
+
+RARE_REPEATS = 1.5  # below that next to nothing changes
 
 
 def _patience(config: Config, time_limit: float | None, reasons: dict[str, str]) -> int:

@@ -16,9 +16,10 @@ from semseg_automl.data.checks import RowCheck
 from semseg_automl.data.dataset import loading_seconds
 from semseg_automl.data.table import MaskTable
 from semseg_automl.errors import ConfigError
+from semseg_automl.fingerprint import fingerprint, object_widths
 from semseg_automl.hardware import Hardware, detect_hardware
 from semseg_automl.metrics import MetricChoice, build_metrics
-from semseg_automl.models.facts import encoder_facts
+from semseg_automl.models.facts import EncoderFacts, encoder_facts
 from semseg_automl.plan import DataStats, Plan, make_plan
 from semseg_automl.task import SegmentationTask
 
@@ -38,11 +39,15 @@ class Chosen:
         preset: name of the preset; never ``auto``, but what that came to.
         why: the reason, as a sentence.
         layers: settings over the preset, later ones winning.
+        asked: dotted settings that the user gave.
+        automatic: whether the preset, and with it the encoder, was ours to choose.
     """
 
     preset: str
     why: str
     layers: tuple[Hyperparameters, ...]
+    asked: tuple[str, ...] = ()
+    automatic: bool = False
 
     @cached_property
     def config(self) -> Config:
@@ -52,6 +57,23 @@ class Chosen:
             ConfigError: a setting is unknown, or out of range.
         """
         return load_config(self.preset, *self.layers)
+
+    @cached_property
+    def encoder(self) -> EncoderFacts:
+        """What the settings' encoder is.
+
+        Raises:
+            ConfigError: it is unknown, or does not fit its options.
+            CheckpointError: the checkpoint cannot be read.
+        """
+        asked = self.config.model
+        return encoder_facts(
+            asked.encoder,
+            checkpoint=asked.checkpoint,
+            pretrained=asked.pretrained,
+            accept_license=asked.accept_license,
+            window_size=asked.window_size,
+        )
 
     def over(self, settings: Hyperparameters) -> Chosen:
         """Return these settings with others over them."""
@@ -75,12 +97,14 @@ def choose_settings(
     """
     extra = {key: trainer_options.pop(option) for option, key in PLANNED.items() if option in trainer_options}
     layers = tuple(each for each in (*asked, extra) if each)
+    named = {key: value for each in layers for key, value in flatten(each).items()}
+    given = tuple(key for key, value in named.items() if value != "auto")
     if preset != AUTO:
-        chosen = Chosen(preset, "as asked", layers)
+        chosen = Chosen(preset, "as asked", layers, given)
     else:
-        named = {key: value for each in layers for key, value in flatten(each).items()}
         choice = choose_preset(detect_hardware(), named)
-        chosen = Chosen(choice.preset, f"auto: {choice.reason}", (choice.settings, *layers))
+        why = f"auto: {choice.reason}"
+        chosen = Chosen(choice.preset, why, (choice.settings, *layers), given, automatic=not choice.by_user)
     chosen.config  # noqa: B018 - errors now, before any file is read
     return chosen
 
@@ -118,14 +142,7 @@ class Planning:
             CheckpointError: the checkpoint cannot be read.
         """
         config, task = chosen.config, self.task
-        asked = config.model
-        encoder = encoder_facts(
-            asked.encoder,
-            checkpoint=asked.checkpoint,
-            pretrained=asked.pretrained,
-            accept_license=asked.accept_license,
-            window_size=asked.window_size,
-        )
+        encoder = chosen.encoder
         plan = make_plan(
             config,
             task,
@@ -146,7 +163,10 @@ class Planning:
         # A processor that trains loads between its steps, whatever that takes.
         timed = self.hardware.device != "cpu" and config.env.num_workers == "auto"
         seconds = loading_seconds(self.table, self.task) if timed else None
-        return DataStats(len(self.table), tuple(check.size for check in self.checks), seconds)
+        sizes = tuple(check.size for check in self.checks)
+        typical, small = object_widths(self.task, self.checks) or (None, None)
+        classes = fingerprint(self.task, self.checks).classes
+        return DataStats(len(self.table), sizes, seconds, classes, typical, small)
 
 
 def check_plan(given: Plan, task: SegmentationTask) -> None:

@@ -28,6 +28,7 @@ from semseg_automl.data.table import MaskTable
 from semseg_automl.errors import ConfigError, DataError, SemsegError
 from semseg_automl.files import replaced
 from semseg_automl.fingerprint import Fingerprint, fingerprint, read_fingerprint
+from semseg_automl.forecast import compared
 from semseg_automl.inference import Predictor
 from semseg_automl.metrics import MetricChoice
 from semseg_automl.peft.usage import effective_number, is_collapsed, layer_labels, usage_summary
@@ -305,7 +306,8 @@ def _training(plan: Plan, record: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "curves": curves,
         "training_note": f"Stopped by {record.get('stopped_by')}; the weights of epoch {best} were kept (ring), with "
-        f"{plan.validation_metric} {_figure(_number(record.get('best_score')))} in validation.",
+        f"{plan.validation_metric} {_figure(_number(record.get('best_score')))} in validation."
+        + (f" It took {foretold}." if (foretold := compared(record.get("forecast", {}))) else ""),
         "history": {
             "columns": columns,
             "rows": [[f"{_number(entry.get(key)):.6g}" for key in columns] for entry in history],

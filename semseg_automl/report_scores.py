@@ -182,7 +182,7 @@ def draw_cases(
         row = scored.rows[position]
         one = table.take([row])
         scores, labels, target = next(judged(predictor, one, task, threshold))
-        image = read_image(one.images[0], name=one.row_name(0))
+        image = read_image(one.images[0], name=one.row_name(0), channels=one.channels)
         pictures = _pictures(image, scores, labels, target, binary=task.kind == "binary")
         drawn[group, position] = Case(group, one.row_name(0), float(sign * scored.ranking[position]), pictures)
     return [drawn[entry] for entry in chosen if entry in drawn]

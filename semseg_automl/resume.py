@@ -305,7 +305,8 @@ def row_name(table: MaskTable, row: int) -> str:
         else hashlib.sha256(_source_bytes(source)).hexdigest()[:16]
         for source in sources
     ]
-    return "/".join(parts)
+    chosen = [] if table.channels is None else [f"channels {table.channels}"]
+    return "/".join([*parts, *chosen])
 
 
 def _source_bytes(source: ImageSource) -> bytes:

@@ -93,7 +93,7 @@ def save_predictions(
             if suffix == ".npy":
                 _write_npy(folder / row.file, prediction)
             else:
-                write_png(folder / row.file, prediction, palette=task.palette if format == "same-as-labels" else ())
+                write_png(folder / row.file, prediction, **(task.written_as() if format == "same-as-labels" else {}))
             journal.add(row)
     return saved
 
@@ -280,7 +280,8 @@ def _predicted(
             yield labels
         elif format == "overlay":
             name = table.row_name(row)
-            yield _overlay(read_image(table.images[row], name=name), labels, binary=task.kind == "binary")
+            image = read_image(table.images[row], name=name, channels=table.channels)
+            yield _overlay(image, labels, binary=task.kind == "binary")
         else:
             yield task.decode(labels)
 

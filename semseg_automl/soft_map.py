@@ -7,6 +7,9 @@ one in `semseg_automl.weighted_f`, read a `SoftMap`. Not here: any score.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import cv2
 import numpy as np
@@ -15,10 +18,12 @@ from torch import Tensor
 
 from semseg_automl.errors import DataError
 
-__all__ = ["LEVELS", "SoftMap", "picked"]
+__all__ = ["LEVELS", "SoftMap", "picked", "shared_map", "shared_maps"]
 
 LEVELS = 256  # the field stores predictions as 8-bit images and scores every threshold they can have
 _SLACK = 1e-3  # resampling overshoots 1 by about 1e-7 in float32 and by one step of 2^-10 in float16
+
+_COUNTED = 2**24  # pixels at once; OpenCV counts in float32, which is exact up to there
 
 Area = tuple[slice, slice]
 _WHOLE: Area = (slice(None), slice(None))
@@ -160,32 +165,72 @@ class SoftMap:
 
         R is 4, or 1 for an empty mask, which has no centroid.
         """
-        pairs = _pairs(self.prediction, self.mask)
-        return torch.stack([self._counts(pairs, area) for area in (self.quadrants if self.foreground else [_WHOLE])])
+        areas = self.quadrants if self.foreground else [_WHOLE]
+        return torch.stack([self._counts(self.prediction, area) for area in areas])
 
     @functools.cached_property
     def raw_counts(self) -> Tensor:
         """Pixels outside and inside the mask by level of a uint8 prediction as it came, ``(2, 256)`` int64."""
         if "quadrant_counts" in vars(self):
             return self.quadrant_counts.sum(dim=0)
-        return self._counts(_pairs(self.prediction, self.mask), _WHOLE)
+        return self._counts(self.prediction, _WHOLE)
 
     @functools.cached_property
     def counts(self) -> Tensor:
         """Pixels outside and inside the mask by level of ``floor(255 * value)``, ``(2, 256)`` int64."""
         if not self.has_levels:
-            return self._counts(_pairs(self.values * (LEVELS - 1), self.mask), _WHOLE)
+            return self._counts((self.values * (LEVELS - 1)).to(torch.uint8), _WHOLE)
         levels = (self.level_values.clamp(0, 1) * (LEVELS - 1)).to(torch.int64)
         return torch.zeros_like(self.raw_counts).index_add_(1, levels, self.raw_counts)
 
-    def _counts(self, pairs: Tensor, area: Area) -> Tensor:
-        seen = pairs[area].reshape(-1) if self.valid is None else picked(pairs[area], self.valid[area])
-        return torch.bincount(seen, minlength=2 * LEVELS).view(2, LEVELS)
+    def _counts(self, levels: Tensor, area: Area) -> Tensor:
+        """Pixels outside and inside the mask by level ``(H, W)`` uint8 in an area, ``(2, 256)`` int64."""
+        levels, inside = levels[area], self.inside[area]
+        valid = None if self.valid is None else self.valid[area]
+        if levels.device.type == "cpu" and levels.shape[1] <= _COUNTED:
+            on_mask, seen = _histogram(levels, inside), _histogram(levels, valid)
+            return torch.stack((seen - on_mask, on_mask))
+        pairs = levels.to(torch.int16).add_(inside, alpha=LEVELS)
+        counted = pairs.flatten() if valid is None else picked(pairs, valid)
+        return torch.bincount(counted, minlength=2 * LEVELS).view(2, LEVELS)
 
 
-def _pairs(levels: Tensor, mask: Tensor) -> Tensor:
-    """Level, cut to a whole number, and side of the mask of each pixel in one number, ``(H, W)`` int16."""
-    return levels.to(torch.int16, copy=True).add_(mask, alpha=LEVELS)
+_shared: ContextVar[dict[tuple[int, ...], tuple[object, SoftMap]] | None] = ContextVar("shared_maps", default=None)
+
+
+@contextmanager
+def shared_maps() -> Iterator[None]:
+    """Within this context, `shared_map` makes one map of the same things; around the scoring of one image."""
+    token = _shared.set({})
+    try:
+        yield
+    finally:
+        _shared.reset(token)
+
+
+def shared_map(things: tuple[object, ...], make: Callable[[], SoftMap]) -> SoftMap:
+    """Return `make()`, or within `shared_maps` what it made of the very same `things` before: objects, not values."""
+    kept = _shared.get()
+    if kept is None:
+        return make()
+    key = tuple(map(id, things))
+    if key not in kept:
+        kept[key] = things, make()  # the things, so that nothing else gets their ids
+    return kept[key][1]
+
+
+def _histogram(levels: Tensor, part: Tensor | None) -> Tensor:
+    """Pixels by level ``(H, W)`` uint8 where the bool tensor `part` of the same shape is set, ``(256,)`` int64."""
+    counts = torch.zeros(LEVELS, dtype=torch.int64)
+    if levels.numel() == 0:
+        return counts
+    rows = _COUNTED // levels.shape[1]
+    for first in range(0, levels.shape[0], rows):
+        strip = slice(first, first + rows)
+        mask = None if part is None else part[strip].view(torch.uint8).numpy()
+        found = cv2.calcHist([levels[strip].numpy()], [0], mask, [LEVELS], [0, LEVELS])
+        counts += torch.from_numpy(found).flatten().to(torch.int64)
+    return counts
 
 
 def picked(values: Tensor, part: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from semseg_automl.class_values import (
 )
 from semseg_automl.data.colours import Colour, pack, spell, unpack
 from semseg_automl.data.encodings import NUMBERS, MaskEncoding
+from semseg_automl.data.forms import FORMS, OPAQUE, form_to_write
 from semseg_automl.data.modes import Modes, find_modes, snap
 from semseg_automl.data.pooling import PooledMasks, ignored_value, names_by_index, pool_masks
 from semseg_automl.errors import DataError, nearest
@@ -70,6 +71,11 @@ class SegmentationTask:
     """Whether masks store colours, and predictions are written as RGB."""
     palette: tuple[int, ...] = ()
     """The packed colour of each index where masks are palette images; predictions are written with it."""
+    form: str = ""
+    """Of the PNG that predictions are written as, one of :data:`semseg_automl.data.forms.FORMS`; empty for a palette,
+    for colours, and for the fewest of 8 and 16 bits that hold all values."""
+    alpha: int = OPAQUE
+    """Of every pixel of a prediction, in the forms that have it."""
     snapped: bool = False
     """Whether other values in a mask become the nearest known one: masks were smoothed, or saved as JPEG."""
 
@@ -99,6 +105,13 @@ class SegmentationTask:
         if self.palette and (self.colours or max(self.values) >= len(self.palette)):
             raise DataError(
                 f"a palette of {len(self.palette)} colours for {shorten(self.labels)}; each index needs one"
+            )
+
+        fitting = form_to_write(self.form, top=max(self.values), colours=self.colours)
+        if self.form != fitting or not 0 <= self.alpha <= OPAQUE:
+            raise DataError(
+                f"the form {self.form!r} with alpha {self.alpha} of a task's masks cannot hold {shorten(self.labels)}; "
+                f"use another of {', '.join(FORMS)}, or none, and alpha from 0 to 255"
             )
 
     @property
@@ -190,6 +203,10 @@ class SegmentationTask:
         decoded: NDArray[np.unsignedinteger[Any]] = table[indices]
         return decoded
 
+    def written_as(self) -> dict[str, Any]:
+        """Return what :func:`semseg_automl.data.images.write_png` needs to write predictions as the masks are."""
+        return {"palette": self.palette, "form": self.form, "alpha": self.alpha}
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain lists, numbers and strings, as YAML can hold."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
@@ -218,7 +235,10 @@ class SegmentationTask:
         colours, snapped = data.get("colours", False), data.get("snapped", False)
         if not isinstance(colours, bool) or not isinstance(snapped, bool):
             raise DataError(f"colours and snapped of a task are {colours!r} and {snapped!r}; give true or false")
-        return cls(kind=data["kind"], colours=colours, snapped=snapped, **lists)
+        form, alpha = data.get("form", ""), data.get("alpha", OPAQUE)
+        if not isinstance(form, str) or type(alpha) is not int:
+            raise DataError(f"form and alpha of a task are {form!r} and {alpha!r}; give a text and a whole number")
+        return cls(kind=data["kind"], colours=colours, snapped=snapped, form=form, alpha=alpha, **lists)
 
     def __str__(self) -> str:
         pairs = [f"{value} = {name}" for value, name in zip(self.labels, self.class_names, strict=True)]
@@ -340,14 +360,17 @@ def infer_task(
     reasons, palette = (*pooled.reasons, *classes.reasons), pooled.palette
     if palette and max(classes.values) >= len(palette):
         reasons, palette = (*classes.reasons, "the palette lacks a colour for some class and is left out"), ()
+    form = form_to_write(pooled.form, top=max(classes.values), colours=pooled.colours)
     return SegmentationTask(
         kind="binary" if len(classes.values) == 2 else "multiclass",
         values=classes.values,
         class_names=classes.names,
         ignore_values=classes.ignored,
-        reasons=reasons,
+        reasons=reasons if not form else (*reasons, f"predictions are PNG {FORMS[form]}, as the masks are"),
         colours=pooled.colours,
         palette=palette,
+        form=form,
+        alpha=pooled.alpha if form else OPAQUE,
         snapped=snapped,
     )
 

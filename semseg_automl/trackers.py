@@ -142,8 +142,8 @@ class Previews:
             return
         self.labels[row] = _small(labels)
         if row not in self._kept:
-            name = self.dataset.table.row_name(row)
-            image = read_image(self.dataset.table.images[row], name=name)
+            table = self.dataset.table
+            image = read_image(table.images[row], name=table.row_name(row), channels=table.channels)
             height, width = self.labels[row].shape
             small = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
             self._kept[row] = small, _small(truth)

@@ -7,12 +7,9 @@ interruption leaves behind, are decided here; which epoch is kept, and how the l
 
 from __future__ import annotations
 
-import inspect
-import logging
 import signal
 import threading
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,8 +24,8 @@ from semseg_automl.data.cache import ImageCache
 from semseg_automl.data.crops import CropRule
 from semseg_automl.data.dataset import Batch, MaskDataModule, MaskDataset
 from semseg_automl.data.kept import DecodedFiles
+from semseg_automl.data.sampling import row_repeats
 from semseg_automl.data.table import MaskTable
-from semseg_automl.errors import ConfigError, nearest
 from semseg_automl.features import FeatureCache, feature_caches
 from semseg_automl.losses import CRITERIA
 from semseg_automl.metrics import build_metrics
@@ -37,12 +34,14 @@ from semseg_automl.models.segmentation_model import SegmentationModel, hard_labe
 from semseg_automl.peft import trainable_parameters
 from semseg_automl.peft.usage import expert_layers
 from semseg_automl.plan import Plan
-from semseg_automl.processes import ALONE, Processes, arrange, built_strategy
+from semseg_automl.processes import ALONE, Processes, built_strategy
 from semseg_automl.resume import SUFFIX, StateIO, StateKeeper, prepare_state
+from semseg_automl.slices import Slice
 from semseg_automl.task import SegmentationTask
 from semseg_automl.third_party import lightning
 from semseg_automl.tiling import join
-from semseg_automl.trackers import LOG_EVERY, Previews, build_trackers, chosen_trackers, run_log
+from semseg_automl.trackers import LOG_EVERY, Previews, build_trackers, run_log
+from semseg_automl.trainer_options import check_trainer_options, listed, quiet_lightning
 
 
 class FineTuneModule(lightning.LightningModule):
@@ -106,7 +105,10 @@ class FineTuneModule(lightning.LightningModule):
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Return the loss of a batch: the criterion plus the layers' auxiliary losses."""
         output = self.segment(batch, "train")
-        loss = self.criterion(output, batch.mask) + self.model.aux_loss().to(batch.mask.device)
+        # By image, so that a batch in smaller pieces, or shared by several processes, has the same loss.
+        words = [[self.plan.seed, self.trainer.global_step, int(item)] for item in batch.index]
+        seeds = [int(np.random.SeedSequence(each).generate_state(1)[0]) for each in words]
+        loss = self.criterion(output, batch.mask, seeds) + self.model.aux_loss().to(batch.mask.device)
         if output.class_logits is not None and self.trainer.world_size > 1:
             # Without a labelled pixel here the masks do not count, but the other processes wait for their gradients.
             loss = loss + 0.0 * output.mask_logits.sum()
@@ -172,24 +174,27 @@ def data_module(
     train_table: MaskTable,
     validation_table: MaskTable,
     kept: DecodedFiles | None = None,
+    cache: ImageCache | None = None,
 ) -> MaskDataModule:
     """Return the loaders of training and validation batches, all as the plan has it.
 
     Args:
-        plan: input size, tiles, batch, views, augmentation, seed, loader processes.
+        plan: input size, tiles, batch, views, sampling, augmentation, seed, loader processes.
         task: encodes the masks.
         train_table: shuffled, augmented.
         validation_table: in order, only resized.
-        kept: what a check decoded, which goes over into the plan's cache and is empty then.
+        kept: what a check decoded, which goes over into the cache and is empty then.
+        cache: of decoded images, from `image_cache`; None for a new one.
     """
-    rows, shared = len(train_table) + len(validation_table), plan.num_workers > 0
-    cache = ImageCache(rows, plan.image_cache, shared=shared) if plan.image_cache else None
+    cache = image_cache(plan, train_table, validation_table) if cache is None else cache
     crops = None if plan.tile is None else CropRule(plan.tile, plan.balanced_crops)
     train = MaskDataset(train_table, task, plan.input_size, plan.augmentation, plan.seed, crops, cache)
     validation = MaskDataset(validation_table, task, plan.input_size, cache=cache, first_entry=len(train_table))
     if kept is not None:
         train.adopt(kept)
         validation.adopt(kept)
+    repeats = row_repeats(train.classes(kept)) if plan.sampling == "repeat_factor" else None
+    if kept is not None:
         kept.clear()
     return MaskDataModule(
         train,
@@ -200,7 +205,14 @@ def data_module(
         seed=plan.seed,
         cached_views=plan.cached_views,
         tile=plan.tile,
+        repeats=repeats,
     )
+
+
+def image_cache(plan: Plan, train_table: MaskTable, validation_table: MaskTable) -> ImageCache | None:
+    """Return room for the decoded images of both tables, as the plan has it, or None."""
+    rows, shared = len(train_table) + len(validation_table), plan.num_workers > 0
+    return ImageCache(rows, plan.image_cache, shared=shared) if plan.image_cache else None
 
 
 def train(
@@ -217,6 +229,8 @@ def train(
     states: StateKeeper | None = None,
     state: dict[str, Any] | None = None,
     deadline: float | None = None,
+    deadline_stands: bool = False,
+    stop_after: Slice | None = None,
     trainer_options: dict[str, Any] | None = None,
     processes: Processes = ALONE,
     progress_bar: bool = True,
@@ -235,7 +249,10 @@ def train(
         cache_folder: for a feature cache on disk, made and deleted here; may be None without one.
         states: saves the state of training now and then; None saves none.
         state: to go on with, from `resume.read_state`; None begins anew.
-        deadline: `time.monotonic` seconds at which training, last validation included, must be over.
+        deadline: `time.monotonic` seconds at which training, last validation included, must be over. What a fit that
+            is gone on with took before counts too, as if it had begun earlier by as much.
+        deadline_stands: it does not: the deadline is the deadline.
+        stop_after: ends this slice of the training; None where it is done in one go.
         trainer_options: passed on to Lightning's trainer by name.
         processes: that train together, as `trainer_processes` found them; each calls this.
         progress_bar: show Lightning's progress bar.
@@ -253,25 +270,61 @@ def train(
     clock = Clock(plan, deadline)
     patience = _early_stopping(module)
     loggers, logs = _trackers(options, module, result, data.validation, processes)
-    callbacks = [clock, usage, keeper, patience, *logs, *options.pop("callbacks", []), *([states] if states else [])]
+    last = [each for each in (states, stop_after) if each is not None]
+    callbacks = [clock, usage, keeper, patience, *logs, *options.pop("callbacks", []), *last]
     settings = _trainer_settings(module, processes, {"enable_progress_bar": progress_bar, "logger": loggers} | options)
     if states is not None:
-        settings["plugins"] = [StateIO(state), *_listed(options.get("plugins"))]
+        settings["plugins"] = [StateIO(state), *listed(options.get("plugins"))]
     data.processes = processes
     if state is not None:
         position = prepare_state(state, plan.micro_batch_size * processes.count, clock.state_key)
         data.start = position.epoch, position.samples
-        clock.deadline = None if deadline is None else deadline - position.seconds
-    with _quiet_lightning():
+        clock.deadline = None if deadline is None else deadline - (0.0 if deadline_stands else position.seconds)
+    with quiet_lightning():
         trainer = lightning.Trainer(callbacks=callbacks, **settings)
         folder = None if cache_folder is None else cache_folder / f"rank{processes.rank}"
         noise, caches = _own_noise(trainer, plan), feature_caches(model, plan, data, folder, on_notice)
         with noise, caches as module.caches:
             interrupted = _fit_or_interrupt(trainer, module, data, None if state is None else f"state{SUFFIX}")
+            if plan.soup > 1 and not interrupted and not (stop_after is not None and stop_after.over):
+                on_notice(_stir(keeper, module, data, settings, processes))
     keeper.restore()
     model.eval()
-    reasons = {"interrupt": interrupted, "time_limit": clock.out_of_time, "patience": patience.stopped_epoch}
+    sliced = stop_after is not None and stop_after.over and not interrupted
+    reasons = {
+        "interrupt": interrupted,
+        "time_limit": clock.out_of_time,
+        "slice": sliced,
+        "patience": patience.stopped_epoch,
+    }
     result.stopped_by = next((name for name, true in reasons.items() if true), result.stopped_by)
+
+
+def _stir(
+    keeper: WeightKeeper,
+    module: FineTuneModule,
+    data: MaskDataModule,
+    settings: Mapping[str, Any],
+    processes: Processes,
+) -> str:
+    """Average the best weights where that scores higher, and say what came of it."""
+    if processes.are_several:
+        return "no soup of the best states: several processes trained. Fit with one for it."
+    if len(keeper.top) < 2:
+        return "no soup of the best states: there was one validation"
+    alone = {"callbacks": None, "plugins": None, "logger": False, "enable_progress_bar": False}
+    trainer = lightning.Trainer(**{**settings, **alone})
+    module.previews = None
+    name, before = module.plan.validation_metric, keeper.result.best_score
+
+    def judge() -> float:
+        return float(trainer.validate(module, datamodule=data, verbose=False)[0][name])
+
+    tried = len(keeper.top)
+    count = keeper.stir(judge, higher_is_better=bool(module.metric.higher_is_better))
+    if count == 1:
+        return f"a soup of the best {tried} states does not score higher than the best one"
+    return f"the best {count} of {tried} states averaged: {name} {keeper.result.best_score:.4f}, before {before:.4f}"
 
 
 def _early_stopping(module: FineTuneModule) -> lightning.pytorch.callbacks.EarlyStopping:
@@ -330,31 +383,6 @@ def _trainer_settings(module: FineTuneModule, processes: Processes, asked: dict[
     return settings
 
 
-_TALKATIVE = ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.distributed")
-
-
-@contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Keep Lightning's advertisements, and its doubts about what the plan decided, from the user's screen."""
-    talk = [logging.getLogger(f"lightning.{name}") for name in _TALKATIVE]
-    levels = [each.level for each in talk]
-    for each in talk:
-        each.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            # Loader processes are the plan's decision, and so is an epoch of few batches.
-            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-            warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
-            # A fit that is gone on with: the sampler begins where it was.
-            warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
-            # Lightning 2.6 with torch 2.13, on torch's own tree specs.
-            warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
-            yield
-    finally:
-        for each, level in zip(talk, levels, strict=True):
-            each.setLevel(level)
-
-
 def _fit_or_interrupt(
     trainer: lightning.Trainer, module: FineTuneModule, data: MaskDataModule, state: str | None
 ) -> bool:
@@ -371,38 +399,3 @@ def _fit_or_interrupt(
         if main_thread:
             signal.signal(signal.SIGINT, handler)
     return False
-
-
-def _listed(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def trainer_processes(options: dict[str, Any]) -> tuple[Processes, dict[str, Any]]:
-    """Return which of how many processes this is with these options, and the options with what follows from it.
-
-    Raises:
-        ConfigError: as for `check_trainer_options` and `semseg_automl.processes.arrange`.
-    """
-    checked = check_trainer_options(options)
-    with _quiet_lightning():
-        return arrange(checked)
-
-
-def check_trainer_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of `options` if Lightning's trainer knows them all; None and single callbacks become lists.
-
-    Raises:
-        ConfigError: an option is unknown; the nearest known one is named.
-    """
-    known = inspect.signature(lightning.Trainer.__init__).parameters
-    for name in options:
-        if name not in known or name == "self":
-            raise ConfigError(f"fit has no argument '{name}', nor has Lightning's Trainer{nearest(name, known)}.")
-    checked = dict(options)
-    callbacks = checked.get("callbacks")
-    if "callbacks" in checked and not isinstance(callbacks, list):
-        checked["callbacks"] = [] if callbacks is None else [callbacks]
-    chosen_trackers(checked.get("logger", False))
-    return checked

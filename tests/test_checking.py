@@ -108,7 +108,7 @@ def test_check_data__second_time__opens_no_file_and_reports_the_same(
     faulty: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = check_data(faulty / "val.csv")
-    monkeypatch.setattr(survey_module, "read_image", refuse)
+    monkeypatch.setattr(survey_module, "glance", refuse)
     monkeypatch.setattr(survey_module, "read_stored_mask", refuse)
     second = check_data(faulty / "val.csv")
     assert str(second) == str(first)
@@ -281,3 +281,65 @@ def test_report__file_name_that_is_no_text__can_be_printed_and_written(drawn: Pa
     assert "\x1b" not in str(report)
     str(report).encode("utf-8")
     assert "gone.png" in (drawn / "check.html").read_text(encoding="utf-8")
+
+
+def test_check_data__what_is_said_of_the_classes__counts_as_in_fit(tmp_path: Path) -> None:
+    frame = _coloured(tmp_path)
+    names = {"#000000": "ground", "#ff0000": "roof", "#0000ff": "void"}
+    report = check_data(frame, color_map=names, input_size=(64, 64))
+    assert report.task is not None
+    assert (report.task.class_names, report.task.ignore_values) == (("ground", "roof"), (0x0000FF,))
+    report = check_data(frame, ignore_label="#0000ff", input_size=(64, 64))
+    assert report.task is not None
+    assert report.task.labels == ("#000000", "#ff0000")
+    for wrong, message in (
+        ({"num_classes": 2}, "3 colours"),
+        ({"class_names": ["a", "b"]}, "3 colours"),
+        ({"color_map": {"#000000": "a", "#ff0000": "b"}}, "#0000ff"),
+    ):
+        report = check_data(frame, input_size=(64, 64), **wrong)
+        assert not report.ok
+        assert message in report.problems.set_index("kind")["message"]["classes not understood"]
+    with pytest.raises(DataError, match="color_map cannot be read"):
+        check_data(frame, color_map=tmp_path / "none.csv")
+
+
+def test_cli__check_with_color_map_and_ignore_label__passes_them_on(tmp_path: Path) -> None:
+    _coloured(tmp_path).to_csv(tmp_path / "train.csv", index=False)
+    (tmp_path / "map.csv").write_text("ground,0,0,0\nroof,255,0,0\nwater,0,0,255\n", encoding="utf-8")
+    command = ["check", str(tmp_path / "train.csv")]
+    result = CliRunner().invoke(cli.app, [*command, "--color-map", str(tmp_path / "map.csv")])
+    assert "#0000ff = water" in result.output
+    result = CliRunner().invoke(cli.app, [*command, "--ignore-label", "#0000ff"])
+    assert "ignored: #0000ff" in result.output
+
+
+def test_check_data__annotations_with_parts__reads_the_part_of_each(tmp_path: Path) -> None:
+    for part, shade in (("train", 40), ("val", 90), ("test", 160)):
+        (tmp_path / "images" / part).mkdir(parents=True)
+        (tmp_path / "labels" / part).mkdir(parents=True)
+        for row in range(2):
+            write_png(tmp_path / "images" / part / f"{part}{row}.png", np.full((24, 32), shade + 20 * row, np.uint8))
+            (tmp_path / "labels" / part / f"{part}{row}.txt").write_text("0 .1 .1 .6 .1 .6 .7\n", encoding="utf-8")
+    parts = "".join(f"{part}: images/{part}\n" for part in ("train", "val", "test"))
+    (tmp_path / "data.yaml").write_text(f"names: [tree]\n{parts}", encoding="utf-8")
+    source = tmp_path / "data.yaml"
+    report = check_data(source, source, source, input_size=(64, 64))
+    assert report.rows == {"train": (2, 2), "val": (2, 2), "test": (2, 2)}
+    assert report.task is not None
+    assert report.task.class_names == ("background", "tree")
+    assert "leak" not in set(report.problems["kind"])
+
+
+def _coloured(folder: Path) -> pd.DataFrame:
+    """Four rows whose masks are black, red and blue."""
+    rows = []
+    for row in range(4):
+        rng = np.random.default_rng(row)
+        mask = np.zeros((24, 32, 3), np.uint8)
+        mask[4 + row : 14, 3:12, 0] = 255
+        mask[15:22, 12 + row : 28, 2] = 255
+        write_png(folder / f"i{row}.png", rng.integers(0, 255, (24, 32, 3)).astype(np.uint8))
+        write_png(folder / f"m{row}.png", mask)
+        rows.append({"image": str(folder / f"i{row}.png"), "label": str(folder / f"m{row}.png")})
+    return pd.DataFrame(rows)

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from semseg_automl import cli
 from semseg_automl.data.images import read_image
 from semseg_automl.data.synthetic import draw_dataset
+from semseg_automl.estimator import SemanticSegmentor
 
 SMALL = [
     "-s", "model.input_size=64", "-s", "model.decoder_dim=32", "-s", "model.detail=false",
@@ -55,10 +56,61 @@ def test_cli__fit_evaluate_predict_info__go_through(folder: Path, tmp_path: Path
     assert "because" in described
 
 
-def test_cli__info_without_bundle__describes_machine_and_presets() -> None:
-    printed = run("info")
-    assert "fast" in printed
-    assert "GiB" in printed
+def test_cli__report_review_calibrate__do_what_the_methods_do(folder: Path, tmp_path: Path) -> None:
+    bundle, test = tmp_path / "b", str(folder / "test.csv")
+    run("fit", str(folder / "train.csv"), "--val", str(folder / "val.csv"), "--out", str(bundle), *SMALL)
+    page = tmp_path / "page.html"
+    assert str(page) in run("report", str(bundle), test, "--out", str(page), "--pictures", "1")
+    assert "<html" in page.read_text(encoding="utf-8")
+    listed = run("review", str(bundle), test, "--n", "2", "--csv", str(tmp_path / "review.csv"))
+    table = pd.read_csv(tmp_path / "review.csv")
+    expected = SemanticSegmentor.load(bundle).review(test, 2)
+    assert table["row"].tolist() == expected.index.tolist()
+    assert table["expected_iou"].tolist() == pytest.approx(expected["expected_iou"].tolist())
+    assert all(str(path) in listed for path in expected["image"])
+    segmentor = SemanticSegmentor.load(bundle)
+    temperature = segmentor.calibrate_temperature(test)
+    threshold = segmentor.calibrate_decision_threshold(test, "dice")
+    printed = run("calibrate", str(bundle), test, "--threshold", "dice", "--out", str(tmp_path / "other"))
+    assert f"temperature  {temperature:.4f}\nthreshold    {threshold:.4f}\n" in printed
+    assert SemanticSegmentor.load(tmp_path / "other").threshold_ == threshold
+    assert SemanticSegmentor.load(bundle).temperature_ == 1, "the segmentor itself stays as it is"
+    assert f"saved in {bundle}" in run("calibrate", str(bundle), test)
+    assert SemanticSegmentor.load(bundle).temperature_ == pytest.approx(temperature)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["report", "nowhere", "x.csv"], "no saved segmentor"),
+        (["review", "nowhere", "x.csv", "--n", "3"], "no saved segmentor"),
+        (["calibrate", "nowhere", "x.csv"], "no saved segmentor"),
+    ],
+)
+def test_cli__judging_without_a_segmentor__is_one_line(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["semseg-automl", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_cli__info_without_bundle__describes_the_machine() -> None:
+    assert "GiB" in run("info")
+
+
+def test_cli__presets__lists_each_with_its_command() -> None:
+    printed = run("presets")
+    for name in ("auto", "fast", "medium_quality", "high_quality", "best_quality", "conv_lora_paper", "lst"):
+        assert f"\n{name}\n" in f"\n{printed}"
+    assert printed.count("Command: ") == printed.count("Hardware: ") == printed.count("Expected: ") >= 15
+
+
+def test_cli__fit_trials__names_what_would_race(folder: Path, tmp_path: Path) -> None:
+    arguments = ("fit", str(folder / "train.csv"), "--out", str(tmp_path / "b"), "--trials", "3", "--dry-run", *SMALL)
+    assert "search among 3 configurations: plan, baseline, faster_rate" in run(*arguments)
 
 
 def test_cli__fit_dry_run__prints_the_plan_and_writes_nothing(folder: Path, tmp_path: Path) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -17,16 +17,18 @@ from numpy.typing import NDArray
 from semseg_automl.data import dataset as dataset_module
 from semseg_automl.data import kept as kept_module
 from semseg_automl.data.cache import ImageCache
+from semseg_automl.data.checks import check_rows
 from semseg_automl.data.dataset import (
     Batch,
     MaskDataModule,
     MaskDataset,
     Sample,
-    ViewSampler,
     collate,
     loading_seconds,
 )
-from semseg_automl.data.images import ImageSource, read_image
+from semseg_automl.data.images import ImageSource, read_image, write_png
+from semseg_automl.data.kept import DecodedFiles
+from semseg_automl.data.sampling import ViewSampler
 from semseg_automl.data.table import MaskTable
 from semseg_automl.data.transforms import resize, resize_mask
 from semseg_automl.task import IGNORE_INDEX, SegmentationTask
@@ -77,44 +79,6 @@ def assert_same_batches(got: Iterable[Batch], expected: Iterable[Batch]) -> None
             assert torch.equal(mine, theirs)
 
 
-@pytest.mark.parametrize("views", [1, 3])
-def test_view_sampler__each_epoch__shows_every_row_as_often_as_asked(views: int) -> None:
-    sampler = ViewSampler(rows=7, views=views, seed=0)
-    seen: set[int] = set()
-    orders = []
-    for epoch in range(3):
-        sampler.set_epoch(epoch)
-        indices = list(sampler)
-        assert len(indices) == len(sampler) == 7 * views
-        assert Counter(index % 7 for index in indices) == dict.fromkeys(range(7), views)
-        assert seen.isdisjoint(indices), "a view is shown once in a training"
-        seen.update(indices)
-        orders.append([index % 7 for index in indices])
-    assert orders[0] != orders[1]
-
-
-def test_view_sampler__same_seed_and_epoch__gives_the_same_order() -> None:
-    first, second, other = ViewSampler(20, 2, 0), ViewSampler(20, 2, 0), ViewSampler(20, 2, 1)
-    assert list(first) == list(second) == list(first)
-    assert list(first) != list(other)
-
-
-@pytest.mark.parametrize(("views", "cached_views", "epochs"), [(1, 2, 2), (2, 4, 2), (3, 2, 1), (2, 3, 3)])
-def test_view_sampler__cached_views__come_round_again_in_another_order(
-    views: int, cached_views: int, epochs: int
-) -> None:
-    sampler = ViewSampler(7, views, seed=0, cached_views=cached_views)
-    first: list[int] = []
-    second: list[int] = []
-    for epoch in range(2 * epochs):
-        sampler.set_epoch(epoch)
-        indices = list(sampler)
-        assert Counter(index % 7 for index in indices) == dict.fromkeys(range(7), views)
-        (first if epoch < epochs else second).extend(indices)
-    assert set(first) == set(second) == set(range(7 * cached_views))
-    assert first != second
-
-
 def test_dataset__same_seed__gives_the_same_samples_in_any_order() -> None:
     first, second = draw_dataset(augmentation="strong"), draw_dataset(augmentation="strong")
     forwards = [first[index] for index in range(15)]
@@ -162,9 +126,9 @@ def test_dataset__cache_budget__holds_as_many_rows_as_fit(
     cache = ImageCache(3, sum(row_bytes[:budget_rows]))
     names: list[str | None] = []
 
-    def counting_read(source: ImageSource, *, name: str | None = None) -> NDArray[np.uint8]:
+    def counting_read(source: ImageSource, *, name: str | None = None, **rest: Any) -> NDArray[np.uint8]:
         names.append(name)
-        return read_image(source, name=name)
+        return read_image(source, name=name, **rest)
 
     monkeypatch.setattr(kept_module, "read_image", counting_read)
     fresh = replace(draw_dataset(3, augmentation="light"), cache=cache)
@@ -262,3 +226,38 @@ def test_loading_seconds__time_given__reads_a_row_at_least_and_each_once_at_most
     monkeypatch.setattr(MaskDataset, "__getitem__", slow)
     assert 0.02 <= loading_seconds(draw_table(), TASK, limit=limit) < 1
     assert read == list(range(rows))
+
+
+@pytest.mark.parametrize("budget", [0, 4_000, 10**6], ids=["no cache", "some rows fit", "all rows fit"])
+@pytest.mark.parametrize("checked", [False, True])
+def test_dataset__classes_of_the_rows__are_those_of_the_masks_and_no_image_is_read(
+    checked: bool, budget: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masks = [np.full((8, 8), value, np.uint8) for value in (0, 255, 100)]
+    masks.append(np.where(np.eye(8, dtype=bool), 255, 0).astype(np.uint8))
+    for row, mask in enumerate(masks):
+        write_png(tmp_path / f"{row}.png", np.zeros((8, 8, 3), np.uint8))
+        write_png(tmp_path / f"mask{row}.png", mask)
+    names = [str(tmp_path / f"{row}.png") for row in range(4)]
+    table = MaskTable(tuple(names), tuple(str(tmp_path / f"mask{row}.png") for row in range(4)), pd.RangeIndex(4))
+    kept = DecodedFiles(10**6)
+    if checked:
+        check_rows(table, keep=kept)
+        monkeypatch.setattr(kept_module, "read_mask", None)  # nothing is opened again
+    cache = ImageCache(4, budget) if budget else None
+    data = MaskDataset(table, TASK, SIZE, cache=cache)
+    if checked:
+        data.adopt(kept)
+    monkeypatch.setattr(kept_module, "read_image", None)
+    assert data.classes(kept).tolist() == [[True, False], [False, True], [False, False], [True, True]]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # on a machine with one core
+def test_data_module__repeats_and_loader_processes__show_the_same_samples_rare_rows_more_often() -> None:
+    repeats = np.array([4.0, 1.0, 1.0, 1.0, 1.0])
+    modules = [draw_module(views=4, num_workers=workers, repeats=repeats) for workers in (0, 2)]
+    first, second = (list(module.train_dataloader()) for module in modules)
+    assert_same_batches(first, second)
+    shown = torch.cat([batch.index for batch in first])
+    assert len(shown) == len(shown.unique()) == 20
+    assert (shown % 5 == 0).sum() == 10

@@ -12,6 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 from semseg_automl.losses import (
     CRITERIA,
     balanced_bce,
+    balanced_ce_dice,
     ce_dice,
     set_criterion,
     structure_loss,
@@ -96,12 +97,15 @@ def test_structure_loss__all_pixels_valid__equals_no_validity_given() -> None:
         torch.testing.assert_close(function(logits, mask, torch.ones_like(mask).bool()), function(logits, mask))
 
 
-def test_balanced_bce__random_logits__equals_the_formula() -> None:
+def test_balanced_bce__random_logits__equals_the_formula_of_each_image() -> None:
     logits, mask = torch.randn(2, 48, 64), blobs(classes=2)
-    positive, total = mask.sum().double(), mask.numel()
-    negative = total - positive
-    expected = F.binary_cross_entropy_with_logits(logits.double(), mask.double(), pos_weight=negative / positive)
-    torch.testing.assert_close(balanced_bce(logits, mask).double(), positive / total * expected, rtol=1e-6, atol=1e-7)
+    expected = []
+    for image, truth in zip(logits.double(), mask.double(), strict=True):
+        positive, total = truth.sum(), truth.numel()
+        entropy = F.binary_cross_entropy_with_logits(image, truth, pos_weight=(total - positive) / positive)
+        expected.append(positive / total * entropy)
+    loss = balanced_bce(logits, mask).double()
+    torch.testing.assert_close(loss, torch.stack(expected).mean(), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("value", [0, 1])
@@ -114,19 +118,27 @@ def test_balanced_bce__one_class_only__is_finite_and_teaches_it(value: int) -> N
     assert (logits.grad.sign() == 1 - 2 * value).all()
 
 
-def test_ce_dice__random_logits__equals_the_formula_over_classes_that_occur() -> None:
-    mask = blobs(classes=3)  # of four classes, the last occurs nowhere
+@pytest.mark.parametrize("balanced", [False, True])
+def test_ce_dice__random_logits__equals_the_formula_over_classes_that_occur_in_each_image(balanced: bool) -> None:
+    mask = blobs(classes=3)  # of four classes, the last occurs nowhere, the third in the second image alone
+    mask[0][mask[0] == 2] = 0
     mask[0, :10] = IGNORE_INDEX
     logits = torch.randn(2, 4, 48, 64)
-    known = mask != IGNORE_INDEX
-    probability = logits.double().softmax(1).permute(1, 0, 2, 3)[:, known]
-    dice = []
-    for c in range(3):
-        target = (mask[known] == c).double()
-        overlap = (probability[c] * target).sum()
-        dice.append(1 - (2 * overlap + 1) / (probability[c].sum() + target.sum() + 1))
-    expected = F.cross_entropy(logits.double(), mask, ignore_index=IGNORE_INDEX) + torch.stack(dice).mean()
-    torch.testing.assert_close(ce_dice(logits, mask).double(), expected, rtol=1e-6, atol=1e-6)
+    expected = []
+    for image, truth in zip(logits.double(), mask, strict=True):
+        known = truth != IGNORE_INDEX
+        probability = image.softmax(0)[:, known]
+        dice, weight = [], torch.zeros(4, dtype=torch.float64)
+        for c in truth[known].unique():
+            target = (truth[known] == c).double()
+            weight[c] = target.sum() ** -0.5 if balanced else 1
+            overlap = (probability[c] * target).sum()
+            dice.append(1 - (2 * overlap + 1) / (probability[c].sum() + target.sum() + 1))
+        # torch divides by the sum of the weights of all pixels
+        entropy = F.cross_entropy(image[None], truth[None], weight=weight, ignore_index=IGNORE_INDEX)
+        expected.append(entropy + torch.stack(dice).mean())
+    loss = (balanced_ce_dice if balanced else ce_dice)(logits, mask).double()
+    torch.testing.assert_close(loss, torch.stack(expected).mean(), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", CRITERIA)
@@ -185,6 +197,74 @@ def test_criterion__image_without_a_known_pixel__is_finite(whole_batch: bool, na
 @pytest.mark.parametrize("name", CRITERIA)
 def test_criterion__image_of_background_alone__is_finite(name: str) -> None:
     assert torch.isfinite(loss_of(name, random_output(name), torch.zeros(2, 48, 64, dtype=torch.int64)))
+
+
+def eight_images(name: str) -> tuple[SegmentationOutput, Tensor]:
+    """Draw eight unequal images: ignored pixels in some, one without a known pixel, one of background alone."""
+    mask = torch.cat([blobs_for(name), blobs_for(name).flip(1), blobs_for(name).flip(2), blobs_for(name).roll(7, 2)])
+    mask[1, :20] = IGNORE_INDEX
+    mask[2, :, 5:30] = IGNORE_INDEX
+    mask[3] = 0
+    mask[4] = IGNORE_INDEX
+    drawn = [random_output(name) for _ in range(4)]
+    classes = [each.class_logits for each in drawn if each.class_logits is not None]
+    mask_logits = torch.cat([each.mask_logits for each in drawn])
+    return SegmentationOutput(mask_logits, torch.cat(classes) if classes else None), mask
+
+
+def some_images(output: SegmentationOutput, rows: list[int]) -> SegmentationOutput:
+    """Return the output for some of its images."""
+    class_logits = None if output.class_logits is None else output.class_logits[rows]
+    return SegmentationOutput(output.mask_logits[rows], class_logits)
+
+
+def loss_and_gradient(name: str, pieces: int, seeds: list[int]) -> tuple[Tensor, list[Tensor]]:
+    """Accumulate loss and gradient of the eight images over so many equal pieces, as Lightning does."""
+    torch.manual_seed(0)
+    output, mask = eight_images(name)
+    leaves = [each.requires_grad_() for each in (output.mask_logits, output.class_logits) if each is not None]
+    total = torch.zeros(())
+    for chunk in torch.arange(8).chunk(pieces):
+        rows = chunk.tolist()
+        loss = CRITERIA[name](some_images(output, rows), mask[rows], [seeds[row] for row in rows]) / pieces
+        loss.backward()
+        total += loss.detach()
+    return total, [each.grad for each in leaves if each.grad is not None]
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+@pytest.mark.parametrize("pieces", [2, 4, 8])
+def test_criterion__batch_in_equal_pieces__has_the_loss_and_gradient_of_the_whole(pieces: int, name: str) -> None:
+    seeds = list(range(50, 58))
+    whole, gradients = loss_and_gradient(name, 1, seeds)
+    loss, accumulated = loss_and_gradient(name, pieces, seeds)
+    torch.testing.assert_close(loss, whole, rtol=1e-6, atol=1e-7)
+    assert len(accumulated) == len(gradients) > 0
+    for mine, theirs in zip(accumulated, gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6 * float(theirs.abs().max()))
+
+
+def test_set_criterion__seeds_of_the_images__fix_its_points_and_leave_torch_alone() -> None:
+    seeds = list(range(8))
+    before = torch.get_rng_state()
+    output, mask = eight_images("set_criterion")
+    torch.set_rng_state(before)
+    first = CRITERIA["set_criterion"](output, mask, seeds)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(7)
+    assert torch.equal(CRITERIA["set_criterion"](output, mask, seeds), first)
+    assert not torch.equal(CRITERIA["set_criterion"](output, mask, seeds[::-1]), first)
+    assert not torch.equal(CRITERIA["set_criterion"](output, mask), CRITERIA["set_criterion"](output, mask))
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_criterion__image_without_a_known_pixel__counts_as_one_of_loss_0(name: str) -> None:
+    output, mask = eight_images(name)
+    assert CRITERIA[name](some_images(output, [4]), mask[4:5]) == 0
+    seeds = list(range(8))
+    others = [row for row in range(8) if row != 4]
+    loss = CRITERIA[name](some_images(output, others), mask[others], [seeds[row] for row in others])
+    torch.testing.assert_close(CRITERIA[name](output, mask, seeds), 7 / 8 * loss)
 
 
 def test_set_criterion__queries_in_another_order__give_the_same_loss() -> None:

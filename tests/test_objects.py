@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 import pytest
 
+from semseg_automl.data import objects as module
 from semseg_automl.data.objects import Extent, count_small, extents
 
 
@@ -27,6 +29,32 @@ def test_extents__pixels_touching_at_a_corner__are_one_object() -> None:
 def test_extents__numbers_beyond_eight_bits__are_kept_apart() -> None:
     mask = np.array([[70_000, 70_000, -1], [0, 0, -1]], np.int32)
     assert extents(mask) == {70_000: (Extent(1, 2, 1),), -1: (Extent(2, 1, 1),), 0: (Extent(1, 2, 1),)}
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32])
+@pytest.mark.parametrize("block", [1, 2, 5])
+def test_extents__noise_and_blocks__are_those_of_each_value_alone(dtype: type, block: int) -> None:
+    rng = np.random.default_rng(block)
+    for _ in range(20):
+        height, width, kinds = rng.integers(1, 16, 3)
+        small = rng.integers(-3 if dtype is np.int32 else 0, kinds, (height, width))
+        mask = np.kron(small, np.ones((block, block), np.int64)).astype(dtype)
+        expected: dict[int, list[Extent]] = {}
+        for value in np.unique(mask).tolist():
+            stats = cv2.connectedComponentsWithStats((mask == value).astype(np.uint8), connectivity=8)[2][1:]
+            sizes, numbers = np.unique(stats[:, [3, 2]], axis=0, return_counts=True)
+            expected[value] = [Extent(*size, number) for size, number in zip(sizes.tolist(), numbers, strict=True)]
+        assert {value: list(found) for value, found in extents(mask).items()} == expected
+
+
+def test_extents__mask_of_noise__is_measured_value_by_value_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = np.kron(np.random.default_rng(0).integers(0, 3, (6, 6)), np.ones((9, 9), np.int64)).astype(np.uint8)
+    by_runs = extents(mask)
+    monkeypatch.setattr(module, "_joined", None)
+    with pytest.raises(TypeError):
+        extents(mask)
+    monkeypatch.setattr(module, "MOST_RUNS", 3)
+    assert extents(mask) == by_runs
 
 
 def test_count_small__object_of_the_limit__is_not_small() -> None:

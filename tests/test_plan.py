@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 from semseg_automl.build import build_model
 from semseg_automl.config import Config, load_config
 from semseg_automl.errors import ConfigError, UnsupportedCombination
+from semseg_automl.fingerprint import ClassShare
 from semseg_automl.hardware import Hardware
 from semseg_automl.losses import CRITERIA
 from semseg_automl.metrics import DEFAULT_METRICS
@@ -24,6 +26,7 @@ GIB = 2**30
 CPU = Hardware("cpu", "CPU with 2 cores", 8 * GIB, 2, bf16=False)
 BINARY = SegmentationTask("binary", values=(0, 255), class_names=("background", "polyp"))
 MULTICLASS = SegmentationTask("multiclass", values=(0, 1, 5), class_names=("sky", "road", "car"))
+CITY = SegmentationTask("multiclass", values=(0, 1, 2, 3), class_names=("sky", "road", "tree", "tram"))
 STATS = DataStats(rows=40, sizes=((480, 640),) * 40)
 VIT: dict[str, Any] = {"embed_dim": 64, "depth": 4, "num_heads": 1, "patch_size": 8, "grid": 4}
 SCRATCH = encoder_facts("tiny_vit")
@@ -301,3 +304,110 @@ def test_make_plan__lora_options_of_another_method__are_said_not_to_be_used() ->
     assert "lora does not use optim.lora.experts" in reason
     assert "rank" not in reason
     assert "not use optim.lora.rank" in plan_of({"optim.lora.rank": 2}).reasons["peft_options"]
+
+
+VIT16 = EncoderFacts("tiny_vit", "tiny_vit", VIT | {"patch_size": 16}, 16, 64, 4, "absent/vit.safetensors", "a file")
+
+
+def classes_of(images: dict[str, int], shares: dict[str, float] | None = None) -> tuple[ClassShare, ...]:
+    """Say in how many images, and in which share of the pixels, each class is."""
+    pixels = shares or dict.fromkeys(images, 1 / max(1, len(images)))
+    return tuple(
+        ClassShare(name=name, label=label, share=pixels[name], images=number)
+        for label, (name, number) in enumerate(images.items())
+    )
+
+
+def input_of(width: float | None, settings: dict[str, Any] | None = None, **options: Any) -> Plan:
+    """Plan for images of 480 x 640 whose objects are typically so many pixels wide at the usual 256 x 256."""
+    stats = replace(STATS, sizes=options.pop("sizes", STATS.sizes))
+    stats = replace(stats, object_width=None if width is None else width / 256, small_width=0.0)
+    return plan_of(settings, stats=stats, **{"encoder": VIT16, **options})
+
+
+@pytest.mark.parametrize(("width", "side"), [(None, 256), (4.0, 256), (3.9, 320), (3.2, 320), (3.1, 384), (0.5, 384)])
+def test_make_plan__thin_objects__are_seen_with_more_pixels_and_it_says_why(width: float | None, side: int) -> None:
+    plan = input_of(width)
+    assert math.prod(plan.input_size) == pytest.approx(side**2, rel=0.06)
+    told = f"objects are typically {width} px wide in 256 x 256: {side} x {side}"
+    assert (told in plan.reasons["input_size"]) == (side > 256)
+
+
+def test_make_plan__thin_objects_but_no_more_pixels_to_have__keeps_the_images_own_size() -> None:
+    assert input_of(2.0, sizes=((208, 320),) * 40).input_size == (208, 320)
+    assert input_of(2.0, sizes=((320, 352),) * 40).input_size == (320, 352)
+
+
+def test_make_plan__thin_objects_and_a_short_clock__says_that_time_decides() -> None:
+    short, long = input_of(2.0, time_limit=599.0), input_of(2.0, time_limit=600.0)
+    assert short.input_size == input_of(None).input_size
+    assert "2.0 px wide" in short.reasons["input_size"]
+    assert "599 s are too short" in short.reasons["input_size"]
+    assert long.input_size == input_of(2.0).input_size != short.input_size
+
+
+def test_make_plan__thin_objects__leave_what_was_asked_and_what_is_fixed() -> None:
+    assert input_of(2.0, {"model.input_size": 64}).input_size == (64, 64)
+    assert input_of(2.0, encoder=SCRATCH).input_size == input_of(None, encoder=SCRATCH).input_size
+    assert input_of(2.0, encoder=encoder_facts("sam_vit_b")).input_size == (1024, 1024)
+
+
+def test_make_plan__thin_objects_in_large_images__leave_more_pixels_to_tiles() -> None:
+    large = ((3000, 4000),) * 40
+    plan = input_of(1.0, sizes=large)
+    assert plan.tile_scale is not None
+    assert plan.input_size == (256, 256)
+    whole = input_of(1.0, {"data.tiling": "off"}, sizes=large)
+    assert math.prod(whole.input_size) > 1.9 * math.prod(plan.input_size)
+
+
+def test_make_plan__class_in_few_images__is_shown_more_often_and_named() -> None:
+    images = {"sky": 40, "road": 40, "tree": 38, "tram": 4}
+    plan = plan_of(task=CITY, stats=replace(STATS, classes=classes_of(images)))
+    assert plan.sampling == "repeat_factor"
+    assert "tram is in 10% of the images, shown 3.1 times as often" in plan.reasons["sampling"]
+
+
+@pytest.mark.parametrize("images", [{"sky": 40, "road": 40, "tree": 39, "tram": 22}, {}])
+def test_make_plan__no_class_is_rare__shows_all_images_alike(images: dict[str, int]) -> None:
+    plan = plan_of(task=CITY, stats=replace(STATS, classes=classes_of(images)))
+    assert plan.sampling == "uniform"
+    assert ("tram is in 55%" in plan.reasons["sampling"]) == bool(images)
+
+
+def test_make_plan__sampling_asked_for__is_kept_and_binary_data_are_shown_alike() -> None:
+    images = {"sky": 40, "road": 40, "tree": 38, "tram": 4}
+    plan = plan_of({"data.sampling": "uniform"}, task=CITY, stats=replace(STATS, classes=classes_of(images)))
+    assert (plan.sampling, plan.reasons["sampling"]) == ("uniform", "as asked")
+    few = replace(STATS, classes=classes_of({"background": 40, "polyp": 2}))
+    assert plan_of(stats=few).sampling == "uniform"
+    assert plan_of({"data.sampling": "repeat_factor"}, stats=few).sampling == "repeat_factor"
+    with pytest.raises(ConfigError, match="sampling"):
+        plan_of({"data.sampling": "often"})
+
+
+def test_plan__saved_before_there_was_sampling__shows_all_images_alike() -> None:
+    content = plan_of().model_dump(mode="json")
+    del content["sampling"]
+    assert Plan.model_validate(content).sampling == "uniform"
+
+
+def test_make_plan__classes_of_very_unequal_share__weigh_rare_ones_more_and_name_the_rarest() -> None:
+    images = dict.fromkeys(CITY.class_names, 40)
+    uneven = {"sky": 0.5, "road": 0.3, "tree": 0.16, "tram": 0.04}
+    even = uneven | {"tree": 0.14, "tram": 0.06}
+    plan = plan_of(task=CITY, stats=replace(STATS, classes=classes_of(images, uneven)))
+    assert plan.loss == "balanced_ce_dice"
+    assert "tram has 4.0% of the pixels, an even share were 25.0%" in plan.reasons["loss"]
+    assert plan_of(task=CITY, stats=replace(STATS, classes=classes_of(images, even))).loss == "ce_dice"
+    queries = plan_of({"model.multiclass_head": "queries"}, CITY, replace(STATS, classes=classes_of(images, uneven)))
+    assert queries.loss == "set_criterion"
+    asked = plan_of({"optim.loss": "ce_dice"}, CITY, replace(STATS, classes=classes_of(images, uneven)))
+    assert (asked.loss, asked.reasons["loss"]) == ("ce_dice", "as asked")
+
+
+def test_make_plan__little_foreground__keeps_a_loss_that_does_not_vanish_and_says_so() -> None:
+    classes = classes_of({"background": 40, "crack": 40}, {"background": 0.974, "crack": 0.026})
+    plan = plan_of(stats=replace(STATS, classes=classes))
+    assert plan.loss == "structure"
+    assert "2.6% foreground" in plan.reasons["loss"]

@@ -14,14 +14,15 @@ from torch import distributed, nn
 
 from semseg_automl import SemanticSegmentor
 from semseg_automl.callbacks import ExpertUsage, TrainingResult, WeightKeeper
-from semseg_automl.data.dataset import MaskDataModule, MaskDataset, ViewSampler
+from semseg_automl.data.dataset import MaskDataModule, MaskDataset
+from semseg_automl.data.sampling import ViewSampler
 from semseg_automl.errors import ConfigError, UnsupportedCombination
 from semseg_automl.memory import shared_plan
 from semseg_automl.plan import Plan
 from semseg_automl.processes import ALONE, Processes, arrange, built_strategy, divided_micro_batch, first_says, parting
 from semseg_automl.third_party import lightning
 from semseg_automl.trackers import Previews
-from semseg_automl.training import trainer_processes
+from semseg_automl.trainer_options import trainer_processes
 
 SLURM = {
     "SLURM_NTASKS": "4",

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
 
 import cv2
 import pytest
 import torch
 from torch import Tensor
 
-from semseg_automl import saliency, weighted_f
+from semseg_automl import metrics, saliency, soft_map, weighted_f
 from semseg_automl.errors import ConfigError, DataError
-from semseg_automl.metrics import METRICS
+from semseg_automl.metrics import METRICS, SMeasure
 from semseg_automl.saliency_scores import MEASURES, saliency_scores
-from semseg_automl.soft_map import SoftMap
+from semseg_automl.soft_map import SoftMap, shared_map, shared_maps
 
 ALONE: dict[str, Callable[..., Tensor]] = {
     "s_measure": saliency.s_measure,
@@ -124,3 +126,69 @@ def test_soft_map__counts__are_those_of_every_pixel(levels: bool) -> None:
         expected = torch.stack([torch.bincount(reached[mask[seen] == side], minlength=256) for side in (0, 1)])
         assert torch.equal(soft.counts, expected)
         assert (soft.pixels, soft.foreground) == (int(seen.sum()), int((mask & seen).sum()))
+
+
+@pytest.mark.parametrize("chunk", [1, 50, 2**24])
+@pytest.mark.parametrize("kind", ["whole", "expanded", "transposed", "strided"])
+def test_soft_map__counts_in_pieces_of_any_layout__are_those_of_every_pixel(
+    kind: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(soft_map, "_COUNTED", chunk)  # 1: too wide for the counting that is exact up to there
+    prediction, mask = image(40, 40, levels=True)
+    layouts: dict[str, Callable[[Tensor], Tensor]] = {
+        "whole": lambda x: x,
+        "expanded": lambda x: x[:1].expand(40, 40),
+        "transposed": lambda x: x.t(),
+        "strided": lambda x: x[::2, 1::3],
+    }
+    prediction, mask = layouts[kind](prediction), layouts[kind](mask)
+    soft = SoftMap(prediction, mask, stretch=False)
+    expected = torch.stack([torch.bincount(prediction[mask == side].long(), minlength=256) for side in (0, 1)])
+    assert torch.equal(soft.counts, expected)
+    assert torch.equal(SoftMap(prediction, mask, stretch=False).quadrant_counts.sum(dim=0), expected)
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[SoftMap]:
+    """The maps that metrics make."""
+    found: list[SoftMap] = []
+
+    def make(*tensors: Tensor, **options: Any) -> SoftMap:
+        found.append(SoftMap(*tensors, **options))
+        return found[-1]
+
+    monkeypatch.setattr(metrics, "SoftMap", make)
+    return found
+
+
+NAMES = ("s_measure", "e_measure", "e_measure_max", "e_measure_adaptive", "wf", "wf_03", "mae")
+
+
+def test_shared_maps__metrics_of_one_image__share_one_map_and_score_the_same(made: list[SoftMap]) -> None:
+    images = [image(20, 24), image(20, 24)]
+    figures: list[list[Tensor]] = []
+    for context in (nullcontext, shared_maps):
+        built = metrics.build_metrics(NAMES, kind="binary", num_classes=2)
+        built["plain"] = SMeasure(stretch=False)
+        made.clear()
+        for prediction, mask in images:
+            scores, labels, target = prediction[None], (prediction > 0.5).long(), mask.long()
+            target[0, :3] = 255
+            with context():
+                for metric in built.values():
+                    metric.update(scores, labels, target)
+        figures.append([metric.compute() for metric in built.values()])
+        assert len(made) == (16 if context is nullcontext else 4), "per image one with and one without the stretch"
+    assert all(torch.equal(one, two) for one, two in zip(*figures, strict=True))
+
+
+def test_shared_maps__other_objects_or_after_the_context__are_made_anew() -> None:
+    prediction, mask = image(8, 8)
+    with shared_maps():
+        first = shared_map((prediction, True), lambda: SoftMap(prediction, mask))
+        assert shared_map((prediction, True), lambda: SoftMap(prediction, mask)) is first
+        assert shared_map((prediction, False), lambda: SoftMap(prediction, mask)) is not first
+        assert shared_map((prediction.clone(), True), lambda: SoftMap(prediction, mask)) is not first
+    assert shared_map((prediction, True), lambda: SoftMap(prediction, mask)) is not first
+    with shared_maps():
+        assert shared_map((prediction, True), lambda: SoftMap(prediction, mask)) is not first

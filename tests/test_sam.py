@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from semseg_automl.build import build_method
+from semseg_automl.build import _build_encoder, build_method
 from semseg_automl.errors import CheckpointError, ConfigError
+from semseg_automl.models import ENCODERS
 from semseg_automl.models.mask_decoder import MaskDecoder
-from semseg_automl.models.sam import SAM_ENCODERS, SamViT
+from semseg_automl.models.sam import SAM_ENCODERS, SamViT, unfilled
 from semseg_automl.models.segmentation_model import SegmentationModel
 from semseg_automl.peft import count_parameters
 from semseg_automl.third_party import segment_anything
@@ -216,6 +219,38 @@ def test_sam__official_sizes__have_upstream_s_parameters(encoder: str) -> None:
         ours = SAM_ENCODERS[encoder]().state_dict()
         theirs = segment_anything.sam_model_registry[encoder.removeprefix("sam_")]().image_encoder.state_dict()
     assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.items()}
+
+
+def test_unfilled__then_loaded__equals_the_encoder_built_with_random_weights() -> None:
+    usual = SamViT(grid=4, **SMALL).eval()
+    before = torch.get_rng_state()
+    late = unfilled(partial(SamViT, grid=4, **SMALL)).eval()
+    assert torch.equal(torch.get_rng_state(), before), "nothing was drawn"
+    assert late.fresh_parameter_names == usual.fresh_parameter_names
+    late.load_pretrained({f"image_encoder.{name}": t for name, t in usual.state_dict().items()}, source="usual")
+    images = 255 * torch.rand(1, 3, 64, 64)
+    for name, buffer in usual.named_buffers():
+        assert torch.equal(late.get_buffer(name), buffer), name
+    assert torch.equal(late(images), usual(images))
+    with torch.device("meta"):
+        assert unfilled(partial(SamViT, grid=4, **SMALL)).pos_embed.is_meta
+
+
+@pytest.mark.parametrize("checkpoint", [None, "sam.pth"])
+def test_build__sam__draws_its_weights_only_where_no_file_has_them(
+    checkpoint: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ENCODERS, "sam_vit_b", partial(SamViT, grid=4, **{**SMALL, "out_channels": 256}))
+    plan: Any = SimpleNamespace(
+        encoder="sam_vit_b", encoder_options={}, decoder_options={"dim": 256}, checkpoint=checkpoint
+    )
+    before = torch.get_rng_state()
+    built = _build_encoder(plan).state_dict()
+    assert torch.equal(torch.get_rng_state(), before) == (checkpoint is not None)
+    if checkpoint is None:
+        torch.set_rng_state(before)
+        expected = SamViT(grid=4, **SMALL).state_dict()
+        assert all(torch.equal(built[name], tensor) for name, tensor in expected.items())
 
 
 def test_load_pretrained__checkpoint_of_another_size__names_both() -> None:

@@ -122,7 +122,7 @@ def test_notes__second_survey__opens_nothing_and_sees_the_same(folder: Path, mon
     first = FileNotes(folder / "notes")
     seen = survey_table(table_of(folder), first)
     first.close()
-    monkeypatch.setattr(module, "read_image", refuse)
+    monkeypatch.setattr(module, "glance", refuse)
     monkeypatch.setattr(module, "read_stored_mask", refuse)
     second = FileNotes(folder / "notes")
     assert survey_table(table_of(folder), second) == seen
@@ -169,7 +169,7 @@ def test_notes__same_file_as_image_and_mask__has_both_facts(folder: Path, monkey
     notes = FileNotes(folder / "notes")
     seen = survey_table(read_table(frame, base_dir=folder), notes)
     notes.close()
-    monkeypatch.setattr(module, "read_image", refuse)
+    monkeypatch.setattr(module, "glance", refuse)
     monkeypatch.setattr(module, "read_stored_mask", refuse)
     assert survey_table(read_table(frame, base_dir=folder), FileNotes(folder / "notes")) == seen
 

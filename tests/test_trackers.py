@@ -26,7 +26,7 @@ from semseg_automl.report import HEADER, TILE
 from semseg_automl.task import SegmentationTask
 from semseg_automl.third_party import lightning
 from semseg_automl.trackers import Previews, RunLog, build_trackers, chosen_trackers, log_pictures, run_log
-from semseg_automl.training import check_trainer_options
+from semseg_automl.trainer_options import check_trainer_options
 
 SETTINGS: dict[str, Any] = {
     "model.input_size": 32,

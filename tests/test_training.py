@@ -24,7 +24,8 @@ from semseg_automl.peft import METHODS, PeftMethod, trainable_parameters
 from semseg_automl.peft.usage import expert_layers
 from semseg_automl.plan import Plan
 from semseg_automl.task import SegmentationTask
-from semseg_automl.training import FineTuneModule, check_trainer_options, data_module, train
+from semseg_automl.trainer_options import check_trainer_options
+from semseg_automl.training import FineTuneModule, data_module, train
 
 SETTINGS: dict[str, Any] = {
     "model.input_size": 32,

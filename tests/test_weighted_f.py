@@ -87,6 +87,17 @@ def test_weighted_f__pixels_farther_than_16_bits_of_squared_distance__equal_the_
     assert ours == pytest.approx(by_definition(prediction, mask), rel=0, abs=TOLERANCE)
 
 
+@pytest.mark.parametrize("place", [(0, 0), (230, 210), (445, 219), (100, 2)])
+def test_weighted_f__small_mask_in_a_large_image__equals_the_definition(place: tuple[int, int]) -> None:
+    # Far from the mask no distance is computed: each side of the image is farther away than that for one of these.
+    rng = np.random.default_rng(place[0])
+    mask = np.zeros((450, 440), dtype=bool)
+    mask[place[0] : place[0] + 5, place[1] : place[1] + 3] = True
+    for prediction in (rng.random(mask.shape), mask * 0.4 + ~mask * (rng.random(mask.shape) > 0.9)):
+        ours = weighted_f_measure(torch.from_numpy(prediction), torch.from_numpy(mask), stretch=False).item()
+        assert ours == pytest.approx(by_definition(prediction, mask), rel=1e-10, abs=0)
+
+
 @pytest.mark.parametrize("size", [(64, 64), (65, 40), (128, 11), (192, 5)])
 def test_weighted_f__errors_at_the_edges_of_strips_and_image__equal_the_definition(size: tuple[int, int]) -> None:
     # Errors in few rows: what lies beyond what they reach is not computed, and strips end every 64 rows.

@@ -6,21 +6,32 @@ Not here: decoding files (:mod:`semseg_automl.data.images`), what else may be wr
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
+import numpy as np
+
+from semseg_automl.data.colours import pack
 from semseg_automl.data.encodings import NUMBERS, MaskEncoding
 from semseg_automl.data.images import read_image, read_stored_mask
 from semseg_automl.data.kept import DecodedFiles
 from semseg_automl.data.table import MaskTable
+from semseg_automl.data.widths import typical_widths
 from semseg_automl.errors import DataError
 
 LISTED_PROBLEMS = 20
 """Rows that an error names in full."""
+
+MOST_VALUES = 40
+"""Masks of more values were smoothed or saved as JPEG; areas of one value tell nothing then."""
+
+MEASURED_ROWS = 100
+"""Masks of a table, evenly spread, in which widths are measured; more would hardly move the median."""
 
 Result = TypeVar("Result")
 
@@ -35,10 +46,18 @@ class RowCheck:
     """Each value of the mask, packed where it stores colours, and how many pixels have it; empty without a mask."""
     encoding: MaskEncoding = NUMBERS
     """How the mask stores its values."""
+    widths: Mapping[int, float] = field(default_factory=dict)
+    """How wide the areas of each value are, as :func:`semseg_automl.data.objects.typical_widths` has it; empty where
+    that was not asked, in most rows of a large table, and of masks of very many values."""
 
 
 def check_rows(
-    table: MaskTable, *, workers: int | None = None, progress: bool = False, keep: DecodedFiles | None = None
+    table: MaskTable,
+    *,
+    workers: int | None = None,
+    progress: bool = False,
+    keep: DecodedFiles | None = None,
+    widths: bool = False,
 ) -> list[RowCheck]:
     """Open every image and mask once and return what is in them, in the order of the table.
 
@@ -47,12 +66,13 @@ def check_rows(
         workers: Threads; by default one for each processor this program may use.
         progress: Whether to show a progress bar on the terminal.
         keep: Takes in what is decoded of usable rows, in order as long as there is room; None keeps nothing.
+        widths: Whether to measure how wide objects are, in `MEASURED_ROWS` masks.
 
     Raises:
         DataError: Rows cannot be used: a file is missing, unreadable or truncated, or a mask has another size
             than its image. One error lists them all, the first 20 in full.
     """
-    results = _checked(table, workers=workers, progress=progress, keep=keep)
+    results = _checked(table, workers=workers, progress=progress, keep=keep, widths=widths)
     problems = [result for result in results if isinstance(result, str)]
     if problems:
         count = "1 row" if len(problems) == 1 else f"{len(problems)} rows"
@@ -61,7 +81,12 @@ def check_rows(
 
 
 def usable_rows(
-    table: MaskTable, *, workers: int | None = None, progress: bool = False, keep: DecodedFiles | None = None
+    table: MaskTable,
+    *,
+    workers: int | None = None,
+    progress: bool = False,
+    keep: DecodedFiles | None = None,
+    widths: bool = False,
 ) -> tuple[MaskTable, list[RowCheck], list[str]]:
     """Leave the rows out that :func:`check_rows` would refuse.
 
@@ -70,6 +95,7 @@ def usable_rows(
         workers: As for :func:`check_rows`.
         progress: As for :func:`check_rows`.
         keep: As for :func:`check_rows`.
+        widths: As for :func:`check_rows`.
 
     Returns:
         The usable rows in the order of `table`, what is in each, and for each row left out its name and why.
@@ -77,7 +103,7 @@ def usable_rows(
     Raises:
         DataError: Fewer than two rows can be used; the error lists why the others cannot.
     """
-    results = _checked(table, workers=workers, progress=progress, keep=keep)
+    results = _checked(table, workers=workers, progress=progress, keep=keep, widths=widths)
     dropped = [result for result in results if isinstance(result, str)]
     kept = [position for position, result in enumerate(results) if isinstance(result, RowCheck)]
     if dropped and len(kept) < 2:
@@ -120,16 +146,21 @@ def size_mismatch(table: MaskTable, position: int, image: tuple[int, int], mask:
 
 
 def _checked(
-    table: MaskTable, *, workers: int | None, progress: bool, keep: DecodedFiles | None
+    table: MaskTable, *, workers: int | None, progress: bool, keep: DecodedFiles | None, widths: bool
 ) -> list[RowCheck | str]:
-    return each_row(lambda position: _check_row(table, position, keep), len(table), workers=workers, progress=progress)
+    measured = range(0, len(table) if widths else 0, math.ceil(len(table) / MEASURED_ROWS) or 1)
+
+    def check(position: int) -> RowCheck | str:
+        return _check_row(table, position, keep, measure=position in measured)
+
+    return each_row(check, len(table), workers=workers, progress=progress)
 
 
-def _check_row(table: MaskTable, position: int, keep: DecodedFiles | None) -> RowCheck | str:
+def _check_row(table: MaskTable, position: int, keep: DecodedFiles | None, *, measure: bool) -> RowCheck | str:
     """Return what is in a row, or why it cannot be used."""
     name = table.row_name(position)
     try:
-        image = read_image(table.images[position], name=name)
+        image = read_image(table.images[position], name=name, channels=table.channels)
         size = image.shape[0], image.shape[1]
         if table.masks is None:
             if keep is not None:
@@ -144,7 +175,11 @@ def _check_row(table: MaskTable, position: int, keep: DecodedFiles | None) -> Ro
     if keep is not None:
         keep.keep(table, position, image, mask)
     counts, encoding = mask.survey()
-    return RowCheck(size=size, value_counts=counts, encoding=encoding)
+    widths: Mapping[int, float] = {}
+    if measure and len(counts) <= MOST_VALUES and not encoding.unlisted:
+        colours = mask.pixels.ndim == 3
+        widths = typical_widths(pack(mask.pixels.astype(np.uint8, copy=False)) if colours else mask.pixels)
+    return RowCheck(size=size, value_counts=counts, encoding=encoding, widths=widths)
 
 
 def _processors() -> int:

@@ -17,6 +17,9 @@ from typing import Any, BinaryIO
 # A JPEG marker that is neither a stuffed zero, nor a restart, nor a fill byte (ITU-T T.81, B.1.1.2).
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _JPEG_END = 0xD9
+_JPEG_SCAN = 0xDA
+# Comments, and application segments but those of JFIF (0) and Adobe (14), which decoders go by.
+_JPEG_ABOUT = frozenset({0xFE, *range(0xE1, 0xEE), 0xEF})
 
 PNG_START = b"\x89PNG\r\n\x1a\n"
 """The first bytes of every PNG."""
@@ -57,6 +60,27 @@ def jpeg_flaw(data: bytes, size: tuple[int, int], layers: Sequence[Sequence[Any]
     if 8 * len(data) < blocks * (1 if progressive else 2):
         return f"{len(data):,} bytes are too few for a JPEG of {height} x {width} pixels"
     return ""
+
+
+def jpeg_pixel_data(data: bytes) -> bytes:
+    """Return a JPEG without what says nothing about its pixels: camera data, previews, profiles, comments.
+
+    Two files of equal pixel data decode to equal pixels. What JFIF and Adobe say of the colours stays.
+
+    >>> jpeg_pixel_data(bytes.fromhex("ffd8" "fffe0004abcd" "ffdb0003ab" "ffda0002" "12")).hex()
+    'ffdb0003abffda000212'
+    """
+    kept = []
+    position = 2
+    while data[position : position + 1] == b"\xff" and position + 4 <= len(data):
+        kind = data[position + 1]
+        if kind == _JPEG_SCAN:
+            break
+        end = position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+        if kind not in _JPEG_ABOUT:
+            kept.append(data[position:end])
+        position = end
+    return b"".join([*kept, data[position:]])
 
 
 def png_flaw(data: bytes) -> str:

@@ -1,14 +1,14 @@
-"""From a table to batches: datasets, the sampler of views, and the Lightning data module.
+"""From a table to batches: datasets and the Lightning data module.
 
 Which image a batch holds and how it is augmented follows from the seed alone, whatever the number of loader processes.
-Reading, encoding and augmenting are done by the modules below this one.
+Reading, encoding, augmenting and choosing rows are done by the modules below this one.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -17,16 +17,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from semseg_automl.data.cache import ImageCache
 from semseg_automl.data.checks import each_row
 from semseg_automl.data.crops import CropRule, cut, draw_corner
 from semseg_automl.data.kept import DecodedFiles, image_of, mask_of
+from semseg_automl.data.sampling import ViewSampler
 from semseg_automl.data.table import MaskTable
 from semseg_automl.data.transforms import Geometry, augment, resize, resize_mask
 from semseg_automl.hardware import usable_cores
-from semseg_automl.processes import ALONE, Processes
+from semseg_automl.processes import ALONE
 from semseg_automl.task import IGNORE_INDEX, SegmentationTask
 from semseg_automl.third_party import lightning
 from semseg_automl.tiling import TileGrid, tile_grid
@@ -214,14 +215,34 @@ class MaskDataset(Dataset[Sample]):
         rows = [row for row in range(len(self.table)) if kept.holds(self.table, row)]
         each_row(lambda i: self._decoded(rows[i], kept), len(rows), workers=None, progress=False)
 
+    def classes(self, kept: DecodedFiles | None = None) -> NDArray[np.bool_]:
+        """Return which classes the mask of each row holds, ``(rows, classes)``; masks in memory are not opened again.
+
+        Args:
+            kept: What was decoded before and is not wanted afterwards.
+
+        Raises:
+            DataError: A mask cannot be read, or holds a value that the task does not know.
+        """
+
+        def present(row: int) -> NDArray[np.bool_]:
+            decoded = None if self.cache is None else self.cache.get(self.first_entry + row)
+            mask = self._mask(row, kept) if decoded is None else decoded[1]
+            return np.bincount(mask.ravel(), minlength=self.task.num_classes)[: self.task.num_classes] > 0
+
+        return np.stack(each_row(present, len(self), workers=None, progress=False))
+
+    def _mask(self, row: int, before: DecodedFiles | None) -> NDArray[np.uint8]:
+        stored = mask_of(self.table, row, colours=self.task.colours, kept=before)
+        return self.task.encode(stored, name=self.table.row_name(row))
+
     def _decoded(self, row: int, before: DecodedFiles | None = None) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """Read image and encoded mask of a row, from memory where they fit, or were decoded before."""
         kept = None if self.cache is None else self.cache.get(self.first_entry + row)
         if kept is not None:
             return kept
         image = image_of(self.table, row, before)
-        stored = mask_of(self.table, row, colours=self.task.colours, kept=before)
-        mask = self.task.encode(stored, name=self.table.row_name(row))
+        mask = self._mask(row, before)
         if self.cache is not None:
             self.cache.put(self.first_entry + row, image, mask)
         return image, mask
@@ -272,76 +293,6 @@ def loading_seconds(table: MaskTable, task: SegmentationTask, *, limit: float = 
     return statistics.median(seconds)
 
 
-class ViewSampler(Sampler[int]):
-    """Every row `views` times an epoch, shuffled anew; the indices name views of the rows (see `MaskDataset`).
-
-    Args:
-        rows: rows of the table.
-        views: times each row is shown per epoch.
-        seed: of the order.
-        cached_views: different views of a row in the whole training, which come round and round; 0 for new ones
-            every epoch.
-        batch_size: samples per batch of one process.
-        processes: that share the epoch, batch by batch in turns: what one process would see in so many batches, they
-            see in one each. The last turn is left out if it is not whole.
-    """
-
-    def __init__(
-        self,
-        rows: int,
-        views: int,
-        seed: int,
-        cached_views: int = 0,
-        batch_size: int = 1,
-        processes: Processes = ALONE,
-    ) -> None:
-        self.rows = rows
-        self.views = views
-        self.seed = seed
-        self.cached_views = cached_views
-        self.batch_size = batch_size
-        self.processes = processes
-        self.epoch = 0
-        self.done = 0
-
-    def start_at(self, epoch: int, done: int) -> None:
-        """Begin with what is left of an epoch of which all processes had trained on `done` samples before a kill."""
-        self.epoch, self.done = epoch, done
-
-    def __len__(self) -> int:
-        """Return the samples of one epoch that this process gets."""
-        samples, count = self.rows * self.views, self.processes.count
-        return samples if count == 1 else samples // (self.batch_size * count) * self.batch_size
-
-    def set_epoch(self, epoch: int) -> None:
-        """Name the epoch to draw next; Lightning calls this."""
-        if epoch != self.epoch:
-            self.epoch, self.done = epoch, 0
-
-    def __iter__(self) -> Iterator[int]:
-        """Yield the epoch's indices of this process."""
-        if not self.processes.are_several:
-            yield from self._all()
-            return
-        turn = self.batch_size * self.processes.count
-        for place, index in enumerate(self._all(), start=self.done):
-            if place >= self.rows * self.views // turn * turn:
-                return
-            if place % turn // self.batch_size == self.processes.rank:
-                yield index
-
-    def _all(self) -> Iterator[int]:
-        """Yield the epoch's indices, of all processes."""
-        rng = np.random.default_rng([self.seed, self.epoch])
-        first_view = self.epoch * self.views
-        left = self.done
-        for view in range(first_view, first_view + self.views):
-            shown = view % self.cached_views if self.cached_views else view
-            order = (shown * self.rows + rng.permutation(self.rows)).tolist()
-            yield from order[left:]
-            left = max(0, left - self.rows)
-
-
 class MaskDataModule(lightning.LightningDataModule):
     """Loaders of training and validation batches.
 
@@ -354,6 +305,7 @@ class MaskDataModule(lightning.LightningDataModule):
         seed: of the order.
         cached_views: see `ViewSampler`.
         tile: height and width, in pixels of an image, of the tiles it is validated in; None for whole images.
+        repeats: see `ViewSampler`.
     """
 
     def __init__(
@@ -367,6 +319,7 @@ class MaskDataModule(lightning.LightningDataModule):
         seed: int,
         cached_views: int = 0,
         tile: tuple[int, int] | None = None,
+        repeats: NDArray[np.float64] | None = None,
     ) -> None:
         super().__init__()
         self.train = train
@@ -377,6 +330,7 @@ class MaskDataModule(lightning.LightningDataModule):
         self.seed = seed
         self.cached_views = cached_views
         self.tile = tile
+        self.repeats = repeats
         self.start = 0, 0
         """Epoch, and samples of it that were trained on before: where `train_dataloader` begins."""
         self.processes = ALONE
@@ -385,7 +339,7 @@ class MaskDataModule(lightning.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Sample]:
         """Return shuffled batches; a last incomplete one is left out, its rows come in other epochs."""
         shown = len(self.train), self.views, self.seed, self.cached_views
-        sampler = ViewSampler(*shown, self.batch_size, self.processes)
+        sampler = ViewSampler(*shown, self.batch_size, self.processes, self.repeats)
         sampler.start_at(*self.start)
         size = min(self.batch_size, len(sampler))
         return self._loader(self.train, size, sampler=sampler, drop_last=True, collate_fn=collate_for_training)

@@ -1,7 +1,7 @@
 """Which images of a set are the same, or copies of one another that were resized, recompressed or mirrored.
 
-Equal images have equal digests of their decoded pixels. Copies have nearly equal small pictures: a perceptual hash
-finds candidates among all pairs, and the correlation of the small pictures decides.
+Equal images have equal digests of their decoded pixels, or of what JPEG decodes them from. Copies have nearly equal
+small pictures: a perceptual hash finds candidates among all pairs, and the correlation of the small pictures decides.
 
 Not here: files (:mod:`semseg_automl.data.survey`), what a duplicate means for a split
 (:mod:`semseg_automl.findings`).
@@ -62,6 +62,11 @@ def pixel_digest(pixels: NDArray[Any]) -> str:
     digest = hashlib.blake2b(f"{pixels.shape} {pixels.dtype.str}".encode(), digest_size=16)
     digest.update(np.ascontiguousarray(pixels).data)
     return digest.hexdigest()
+
+
+def bytes_digest(data: bytes) -> str:
+    """Return a digest of bytes."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def small_picture(image: NDArray[np.uint8]) -> NDArray[np.uint8]:

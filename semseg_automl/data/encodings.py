@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from semseg_automl.data.colours import pack
+from semseg_automl.data.forms import OPAQUE
 from semseg_automl.errors import DataError
 
 LISTED_COLOURS = 256
@@ -36,6 +37,10 @@ class MaskEncoding:
     class fills areas, next to none where smoothing or JPEG made the value. None where nobody has looked."""
     unlisted: int = 0
     """Pixels of colours beyond :data:`LISTED_COLOURS`, which are not counted one by one."""
+    form: str = ""
+    """Of its file, as :func:`semseg_automl.data.forms.form_of` gives it."""
+    alpha: int = OPAQUE
+    """Of every pixel."""
 
     def as_colours(self, counts: Mapping[int, int], name: str = "mask") -> dict[int, int]:
         """Return counts of stored values as counts of packed colours.
@@ -67,6 +72,10 @@ class StoredMask:
     """``(H, W)`` of numbers, or ``(H, W, 3)`` of colours."""
     palette: tuple[int, ...] = ()
     """The packed colour of each index; empty for masks without a palette."""
+    form: str = ""
+    """Of its file, as :func:`semseg_automl.data.forms.form_of` gives it."""
+    alpha: int = OPAQUE
+    """Of every pixel."""
 
     def as_numbers(self, name: str) -> NDArray[np.uint8] | NDArray[np.int32]:
         """Return the numbers ``(H, W)``.
@@ -110,7 +119,8 @@ class StoredMask:
             unlisted = sum(counts.values()) - sum(kept.values())
             counts = kept
         areas = {value: areas[value] for value in counts if value in areas}
-        return counts, MaskEncoding(colours=colours, palette=self.palette, areas=areas, unlisted=unlisted)
+        written: dict[str, Any] = {"palette": self.palette, "form": self.form, "alpha": self.alpha}
+        return counts, MaskEncoding(colours=colours, areas=areas, unlisted=unlisted, **written)
 
 
 def count_values(values: NDArray[Any]) -> dict[int, int]:

@@ -19,10 +19,10 @@ from PIL.BmpImagePlugin import BmpImageFile
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
-from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from semseg_automl.data import completeness
+from semseg_automl.data.channels import Tiff
 from semseg_automl.errors import DataError
 
 
@@ -40,7 +40,7 @@ _SIGNATURES: tuple[tuple[re.Pattern[bytes], type[ImageFile]], ...] = (
     (re.compile(rb"\xff\xd8\xff"), _Jpeg),
     (re.compile(rb"\x89PNG\r\n\x1a\n"), PngImageFile),
     (re.compile(rb"BM"), BmpImageFile),
-    (re.compile(rb"II[*+]\0|MM\0[*+]"), TiffImageFile),
+    (re.compile(rb"II[*+]\0|MM\0[*+]"), Tiff),
     (re.compile(rb"RIFF....WEBP", re.DOTALL), WebPImageFile),
 )
 
@@ -53,6 +53,7 @@ DAMAGE = (*_LANGUAGE, *_LIBRARIES)
 """What decoders are seen to raise on damaged bytes."""
 
 _TIFF_SUBFILE_TYPE = 254
+_TIFF_ORIENTATION = 274
 _ALLOWED = "allowed are JPEG, PNG, BMP, TIFF, WebP and .npy"
 
 
@@ -66,7 +67,7 @@ def open_header(stream: BinaryIO, name: str) -> ImageFile:
     reader = next((reader for signature, reader in _SIGNATURES if signature.match(start)), None)
     if reader is None:
         raise DataError(f"{name}: not an image that is read here (it starts with {start[:8]!r}); {_ALLOWED}")
-    if reader is TiffImageFile and (flaw := completeness.tiff_flaw(stream)):
+    if reader is Tiff and (flaw := completeness.tiff_flaw(stream)):
         raise damaged(name, flaw)
     stream.seek(0)
     try:
@@ -83,13 +84,16 @@ def amount_flaw(header: ImageFile, data: bytes) -> str:
     """Return what is wrong with the amount of pixels in a JPEG or TIFF, or an empty string."""
     if isinstance(header, JpegImageFile):
         return completeness.jpeg_flaw(data, header.size, header.layer, progressive="progressive" in header.info)
-    return completeness.tiff_pixels_flaw(header.tag_v2) if isinstance(header, TiffImageFile) else ""
+    return completeness.tiff_pixels_flaw(header.tag_v2) if isinstance(header, Tiff) else ""
 
 
 def orientation(header: ImageFile, name: str) -> int:
-    """Return the EXIF orientation, 1 to 8, that the decoders leave to us (both turn a TIFF themselves)."""
+    """Return the EXIF orientation, 1 to 8, that the decoders leave to us (both turn a TIFF that they read)."""
+    if isinstance(header, Tiff) and header.many:
+        turned = header.tag_v2.get(_TIFF_ORIENTATION, 1)
+        return turned if turned in range(1, 9) else 1
     block = header.info.get("exif")
-    if isinstance(header, TiffImageFile) or not block:
+    if isinstance(header, Tiff) or not block:
         return 1
     value = completeness.exif_orientation(block)
     if value is None:
@@ -107,7 +111,7 @@ def damaged(name: str, error: BaseException | str) -> DataError:
 
 def _pages(header: ImageFile) -> int:
     """Count the pages of a TIFF; reduced copies of the first (as in cloud-optimised GeoTIFF) are none."""
-    if not isinstance(header, TiffImageFile) or header.n_frames == 1:
+    if not isinstance(header, Tiff) or header.n_frames == 1:
         return 1
     header.seek(1)
     reduced = int(header.tag_v2.get(_TIFF_SUBFILE_TYPE, 0)) & 1

@@ -1,13 +1,12 @@
 """The only reader and writer of image files: pixels in, pixels out, or an error that names the file.
 
 Only JPEG, PNG, BMP, TIFF, WebP and NumPy's .npy are opened. Pillow reads the header, so a size is known and checked
-before anything is decoded; the common kinds of JPEG and PNG are then decoded by OpenCV, which is faster, the others by
-Pillow. What decoders would fill with grey or black without a word is found before
+before anything is decoded. What decoders would fill with grey or black without a word is found before
 (:mod:`semseg_automl.data.completeness`).
 
-Not here: formats and headers (:mod:`semseg_automl.data.headers`), what mask values mean (:mod:`semseg_automl.task`),
-resizing (:mod:`semseg_automl.data.transforms`), how masks store classes (:mod:`semseg_automl.data.encodings`), tables
-(:mod:`semseg_automl.data.table`).
+Not here: decoding (:mod:`semseg_automl.data.decoding`), formats and headers (:mod:`semseg_automl.data.headers`), what
+mask values mean (:mod:`semseg_automl.task`), resizing (:mod:`semseg_automl.data.transforms`), how masks store classes
+(:mod:`semseg_automl.data.encodings`), tables (:mod:`semseg_automl.data.table`).
 """
 
 from __future__ import annotations
@@ -17,22 +16,37 @@ import os
 import secrets
 import stat
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from semseg_automl.data import completeness
+from semseg_automl.data.channels import MAX_CHANNELS, Channels, Tiff, choice_needed, choose
+from semseg_automl.data.decoding import (
+    PLAIN_MODES,
+    decode_all,
+    decode_deep,
+    decode_many,
+    decode_opencv,
+    decode_usual,
+    is_deep,
+    orient,
+    pixels_of,
+    upright,
+)
 from semseg_automl.data.drawn import DrawnMask
 from semseg_automl.data.encodings import StoredMask, plain_mask
-from semseg_automl.data.headers import DAMAGE, amount_flaw, damaged, open_header, orientation
+from semseg_automl.data.forms import OPAQUE, form_of, form_png
+from semseg_automl.data.headers import amount_flaw, damaged, open_header, orientation
 from semseg_automl.data.npy import NPY_START, npy_shape, read_npy
 from semseg_automl.data.palettes import palette_of, palette_png
 from semseg_automl.errors import DataError
@@ -48,39 +62,90 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 """The suffixes, in lower case, by which a folder is searched for images."""
 
 _EXIF_ORIENTATION = 0x0112
-_TIFF_BITS_PER_SAMPLE = 258
+_PNG_GREY = 0
+_REDUCED = {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}
 
 
-def read_image(source: ImageSource, *, name: str | None = None) -> NDArray[np.uint8]:
+def read_image(
+    source: ImageSource, *, name: str | None = None, channels: Channels | None = None
+) -> NDArray[np.uint8]:
     """Return an image as ``(H, W, 3)`` uint8 RGB, upright.
 
     The EXIF orientation is applied, grey is repeated, palettes are looked up, alpha is dropped, and 16 bits
     are divided by 257 so that white stays white. Arrays are taken as RGB (not BGR), ``(H, W)``, ``(H, W,
-    1)``, ``(H, W, 3)`` or ``(H, W, 4)``, uint8 or uint16.
+    1)``, ``(H, W, 3)`` or ``(H, W, 4)``, uint8 or uint16. Of files and arrays ``(H, W, C)`` with more channels, up to
+    64, some have to be chosen.
 
     Args:
         source: A path, an array, or a Pillow image.
         name: What errors call the image, its path added where it lacks it; by default the path alone.
+        channels: Which of the stored channels are red, green and blue, or the one that is grey, counted from 0; None
+            for the usual ones. Alpha counts as a channel; palettes and CMYK are colours first.
 
     Raises:
-        DataError: The file is missing, of another format, truncated, damaged or too large, or the array has
-            another shape or type.
+        DataError: The file is missing, of another format, truncated, damaged or too large, the array has another
+            shape or type, a channel is not there, or there are too many and none is chosen.
 
     >>> read_image(np.zeros((4, 6), np.uint8)).shape
     (4, 6, 3)
+    >>> read_image(np.arange(5, dtype=np.uint8).reshape(1, 1, 5), channels=(4, 2, 0))
+    array([[[4, 2, 0]]], dtype=uint8)
     """
     name = _name(source, name)
     if isinstance(source, DrawnMask):
         raise DataError(f"{name}: a mask drawn from annotations where an image is expected; check image= and label=")
     if isinstance(source, np.ndarray):
-        return _rgb(source, name)
-    if not isinstance(source, Image.Image) and _is_npy(source, name):
-        return _rgb(read_npy(source, name), name)
-    if isinstance(source, Image.Image):
+        pixels = source
+    elif isinstance(source, Image.Image):
         _check_pixels(source.size, name)
-        return _rgb(_pixels_of(_upright(source, name), name, as_stored=False), name)
-    data, header = _open(source, name)
-    return _rgb(_orient(_decode(header, data, name), orientation(header, name)), name)
+        all_of_them = channels is not None and source.mode in PLAIN_MODES
+        pixels = pixels_of(upright(source, name), name, as_stored=all_of_them)
+    elif _is_npy(source, name):
+        pixels = read_npy(source, name)
+    else:
+        data, header = _open(source, name)
+        if isinstance(header, Tiff) and header.many:
+            return _rgb(orient(decode_many(header, data, channels, name), orientation(header, name)), name)
+        decode = decode_usual if channels is None else decode_all
+        pixels = orient(decode(header, data, name), orientation(header, name))
+    return _rgb(pixels if channels is None else choose(pixels, channels, name), name)
+
+
+@dataclass(frozen=True)
+class Glance:
+    """What a quick look at an image shows."""
+
+    size: tuple[int, int]
+    """Height and width, upright."""
+    pixels: NDArray[np.uint8]
+    """Upright RGB ``(h, w, 3)``, of a JPEG 1, 2, 4 or 8 times smaller."""
+    coded: bytes = b""
+    """What the pixels of a smaller JPEG are decoded from; empty where `pixels` are all of them."""
+
+
+def glance(
+    source: ImageSource, side: int, *, name: str | None = None, channels: Channels | None = None
+) -> Glance:
+    """Look at an image as `read_image` reads it, a JPEG at the least size whose sides are not below `side`.
+
+    Every byte of a file is still read and decoded: to leave out high frequencies (libjpeg's scaled transform) saves the
+    transform and the colours of pixels, and is what `read_image` spends half of its time on.
+
+    Raises:
+        DataError: As in :func:`read_image`.
+    """
+    called = _name(source, name)
+    if channels is None and isinstance(source, (str, os.PathLike)) and not _is_npy(source, called):
+        data, header = _open(source, called)
+        scale = next((s for s in (8, 4, 2) if min(header.size) >= s * side), 1)
+        if isinstance(header, JpegImageFile) and header.mode in ("L", "RGB") and scale > 1:
+            turned = orientation(header, called)
+            small = decode_opencv(data, _REDUCED[scale] | cv2.IMREAD_IGNORE_ORIENTATION, called)
+            width, height = header.size if turned < 5 else header.size[::-1]
+            coded = bytes([turned]) + completeness.jpeg_pixel_data(data)
+            return Glance((height, width), _rgb(orient(small[:, :, ::-1], turned), called), coded)
+    pixels = read_image(source, name=name, channels=channels)
+    return Glance((pixels.shape[0], pixels.shape[1]), pixels)
 
 
 def read_mask(
@@ -117,10 +182,11 @@ def read_stored_mask(source: ImageSource, *, name: str | None = None) -> StoredM
     """
     name = _name(source, name)
     palette: tuple[int, ...] = ()
+    form = ""
     if isinstance(source, Image.Image):
         _check_pixels(source.size, name)
-        pixels = _pixels_of(_upright(source, name), name, as_stored=True)
-        palette = palette_of(source)
+        pixels = pixels_of(upright(source, name), name, as_stored=True)
+        palette, form = palette_of(source), form_of(source.mode)
     elif isinstance(source, DrawnMask):
         _check_pixels(source.size[::-1], name)
         pixels = source.draw()
@@ -128,16 +194,25 @@ def read_stored_mask(source: ImageSource, *, name: str | None = None) -> StoredM
         pixels = source if isinstance(source, np.ndarray) else read_npy(source, name)
     else:
         data, header = _open(source, name)
-        deep = _is_deep(header, data)
-        pixels = _decode_deep(data, name) if deep else _pixels_of(header, name, as_stored=True, data=data)
-        palette = palette_of(header)
+        if isinstance(header, Tiff) and header.many:
+            raise DataError(f"{name}: a TIFF of {header.many} channels as a mask; write one number or colour per pixel")
+        if is_deep(header, data):
+            pixels = decode_deep(data, name)
+        elif isinstance(header, PngImageFile) and data[24] == 8 and data[25] == _PNG_GREY:
+            pixels = decode_opencv(data, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION, name)
+        else:
+            pixels = pixels_of(header, name, as_stored=True, data=data)
+        is_png = isinstance(header, PngImageFile)
+        palette, form = palette_of(header), form_of(header.mode, data if is_png else b"")
         if isinstance(header, PngImageFile) and data[25] == 0 and data[24] in (2, 4):
             # Pillow spreads 2 and 4 bits of grey over 0..255; the file stores 0..3 and 0..15.
             pixels = pixels // (255 // (2 ** data[24] - 1))
-        pixels = _orient(pixels, orientation(header, name))
+        pixels = orient(pixels, orientation(header, name))
     if pixels.ndim in (2, 3):
         _check_pixels((pixels.shape[1], pixels.shape[0]), name)
-    return StoredMask(plain_mask(pixels, name), palette)
+    mask = plain_mask(pixels, name)
+    alpha = int(pixels.flat[-1]) if form in ("LA", "RGBA") and pixels.dtype == np.uint8 and pixels.ndim == 3 else OPAQUE
+    return StoredMask(mask, palette, form, alpha)
 
 
 def image_size(source: ImageSource, *, name: str | None = None) -> tuple[int, int]:
@@ -172,7 +247,12 @@ def image_size(source: ImageSource, *, name: str | None = None) -> tuple[int, in
 
 
 def write_png(
-    path: str | os.PathLike[str], array: NDArray[np.uint8] | NDArray[np.uint16], *, palette: Sequence[int] = ()
+    path: str | os.PathLike[str],
+    array: NDArray[np.uint8] | NDArray[np.uint16],
+    *,
+    palette: Sequence[int] = (),
+    form: str = "",
+    alpha: int = OPAQUE,
 ) -> None:
     """Write uint8 ``(H, W)``, uint8 RGB ``(H, W, 3)`` or uint16 ``(H, W)`` as PNG, whole or not at all.
 
@@ -183,6 +263,9 @@ def write_png(
         path: Of the file.
         array: The pixels.
         palette: The packed colour of each index of a uint8 ``(H, W)`` array, for a palette image.
+        form: Of :data:`semseg_automl.data.forms.FORMS`, for masks in another form than their array has; not with a
+            palette.
+        alpha: Of every pixel, in the forms that have it.
 
     Raises:
         DataError: The array has another shape or type, or the file cannot be written.
@@ -193,7 +276,9 @@ def write_png(
             f"{path}: an array of {array.dtype} and shape {array.shape} cannot be written as PNG; "
             "pass uint8 (H, W) or (H, W, 3), or uint16 (H, W)"
         )
-    if palette:
+    if form:
+        encoded = form_png(array, form, alpha, os.fspath(path))
+    elif palette:
         encoded = palette_png(array, palette, os.fspath(path))
     else:
         ok, coded = cv2.imencode(".png", array if grey else np.ascontiguousarray(array[:, :, ::-1]))
@@ -279,74 +364,6 @@ def _check_pixels(size: tuple[int, int], name: str) -> None:
         )
 
 
-def _is_deep(header: ImageFile, data: bytes) -> bool:
-    """Whether the file stores 16 bits per channel, of which Pillow keeps eight when there are several."""
-    if isinstance(header, PngImageFile):
-        return data[24] == 16
-    if isinstance(header, TiffImageFile):
-        return set(header.tag_v2.get(_TIFF_BITS_PER_SAMPLE, (1,))) == {16} and header.mode not in ("I", "F")
-    return False
-
-
-def _decode_deep(data: bytes, name: str) -> NDArray[Any]:
-    pixels = _opencv(data, cv2.IMREAD_UNCHANGED, name)  # leaves the orientation of a PNG to us, unlike other flags
-    if pixels.ndim == 3 and pixels.shape[2] >= 3:
-        pixels = pixels[:, :, [2, 1, 0, *range(3, pixels.shape[2])]]
-    return pixels
-
-
-def _decode(header: ImageFile, data: bytes, name: str) -> NDArray[Any]:
-    if _is_deep(header, data):
-        return _decode_deep(data, name)
-    if isinstance(header, (JpegImageFile, PngImageFile)) and header.mode in ("L", "RGB", "RGBA"):
-        return _opencv(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION, name)
-    return _pixels_of(header, name, as_stored=False, data=data)
-
-
-def _opencv(data: bytes, flags: int, name: str) -> NDArray[Any]:
-    try:
-        pixels = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), flags)
-    except cv2.error as error:
-        raise damaged(name, error) from error
-    if pixels is None:
-        raise damaged(name, "OpenCV could not decode it")
-    return pixels
-
-
-def _pixels_of(image: Image.Image, name: str, *, as_stored: bool, data: bytes = b"") -> NDArray[Any]:
-    """Decode a Pillow image, of the file `data`; `as_stored` keeps palette indices and the two values of a bitmap."""
-    if data and isinstance(image, PngImageFile) and (flaw := completeness.png_pixels_flaw(data)):
-        raise damaged(name, flaw)
-    try:
-        if not as_stored and image.mode not in ("F", "I") and not image.mode.startswith("I;"):
-            image.load()  # a PNG may say only behind its pixels what is transparent
-            if "transparency" in image.info:
-                image = image.convert("RGBA")  # Pillow warns when a palette's transparency is dropped at once
-            image = image.convert("RGB")
-        pixels = np.asarray(image)
-    except DAMAGE as error:
-        raise damaged(name, error) from error
-    return pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
-
-
-def _upright(image: Image.Image, name: str) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except DAMAGE as error:
-        raise damaged(name, error) from error
-
-
-def _orient(pixels: NDArray[Any], turned: int) -> NDArray[Any]:
-    """Undo an EXIF orientation (CIPA DC-008, 4.6.4): 5 to 8 are mirrored along the diagonal as well."""
-    if turned >= 5:
-        pixels = pixels.swapaxes(0, 1)
-    if turned in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    if turned in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    return np.ascontiguousarray(pixels)
-
-
 def _rgb(pixels: NDArray[Any], name: str) -> NDArray[np.uint8]:
     """Bring an array of one, three or four channels to ``(H, W, 3)`` uint8."""
     shape = pixels.shape
@@ -357,8 +374,10 @@ def _rgb(pixels: NDArray[Any], name: str) -> NDArray[np.uint8]:
             hint = "it looks channels first, so pass array.transpose(1, 2, 0)"
         elif pixels.ndim == 4:
             hint = "pass a list of images instead of a batch"
+        elif pixels.ndim == 3 and 1 < shape[2] <= MAX_CHANNELS:
+            raise choice_needed(shape[2], name)
         else:
-            hint = "pass (H, W), (H, W, 3) or (H, W, 4), and choose three channels where there are more"
+            hint = "pass (H, W), (H, W, 3) or (H, W, 4); of more channels, behind, choose three with channels="
         raise DataError(f"{name}: an image of shape {shape}; {hint}")
     _check_pixels((shape[1], shape[0]), name)
     if pixels.dtype == np.uint16:

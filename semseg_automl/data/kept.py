@@ -83,14 +83,16 @@ class DecodedFiles:
     def as_table(self, table: MaskTable) -> MaskTable:
         """Return the table with what is kept in the place of its paths, which still name the rows; nothing is left.
 
-        Masks with a palette, which an array has not, stay paths.
+        Masks with a palette, which an array has not, stay paths, and so do images of which channels are chosen: those
+        of an array, too, would be chosen from.
         """
         images: list[ImageSource] = []
         masks: list[ImageSource] = []
         with self._lock:
             for row, source in enumerate(table.images):
                 image_path, mask_path = _paths(table, row)
-                images.append(source if image_path is None else self._images.get(image_path, source))
+                stays = image_path is None or table.channels is not None
+                images.append(source if stays else self._images.get(str(image_path), source))
                 if table.masks is not None:
                     mask = None if mask_path is None else self._masks.get(mask_path)
                     masks.append(table.masks[row] if mask is None or mask.palette else mask.pixels)
@@ -136,7 +138,9 @@ def image_of(table: MaskTable, row: int, kept: DecodedFiles | None = None) -> ND
         DataError: As in :func:`semseg_automl.data.images.read_image`.
     """
     image = None if kept is None else kept.take_image(table, row)
-    return read_image(table.images[row], name=table.row_name(row)) if image is None else image
+    if image is not None:
+        return image
+    return read_image(table.images[row], name=table.row_name(row), channels=table.channels)
 
 
 def mask_of(

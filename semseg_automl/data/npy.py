@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from semseg_automl.data.channels import MAX_CHANNELS
 from semseg_automl.errors import DataError
 
 NPY_START = b"\x93NUMPY"
@@ -53,7 +54,7 @@ def npy_shape(path: str | os.PathLike[str], name: str) -> tuple[int, ...]:
 
 
 def holds_image(path: str | os.PathLike[str]) -> bool:
-    """Whether a file's header is an image's: uint8 or uint16, ``(H, W)`` or with one, three or four channels behind."""
+    """Whether a file's header is an image's: uint8 or uint16, ``(H, W)`` or with 1 to 64 channels behind."""
     try:
         with open(path, "rb") as stream:
             if stream.read(len(NPY_START)) != NPY_START:
@@ -64,7 +65,7 @@ def holds_image(path: str | os.PathLike[str]) -> bool:
         return False
     if header.dtype.newbyteorder("=") not in (np.uint8, np.uint16):
         return False
-    return len(header.shape) == 2 or (len(header.shape) == 3 and header.shape[2] in (1, 3, 4))
+    return len(header.shape) == 2 or (len(header.shape) == 3 and 0 < header.shape[2] <= MAX_CHANNELS)
 
 
 def read_npy(path: str | os.PathLike[str], name: str) -> NDArray[Any]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from semseg_automl.data.colours import Colour, parse_colour, spell
 from semseg_automl.data.encodings import MaskEncoding
+from semseg_automl.data.forms import OPAQUE
 from semseg_automl.errors import DataError
 
 
@@ -30,6 +31,10 @@ class PooledMasks:
     """Pixels of colours that were not counted one by one."""
     reasons: tuple[str, ...]
     """Why colours or numbers, as sentences."""
+    form: str
+    """The form that the masks share; empty where they differ."""
+    alpha: int
+    """Of every pixel of the masks; 255 where they differ."""
 
 
 def pool_masks(
@@ -69,6 +74,7 @@ def pool_masks(
         pixels.update(encoding.as_colours(held, name) if by_colour else held)
         inside = encoding.areas or {}
         areas.update(encoding.as_colours(inside, name) if by_colour else inside)
+    forms, alphas = {encoding.form for encoding in encodings}, {encoding.alpha for encoding in encodings}
     return PooledMasks(
         pixels=dict(pixels),
         areas=None if any(encoding.areas is None for encoding in encodings) else dict(areas),
@@ -76,6 +82,8 @@ def pool_masks(
         palette=() if by_colour else palette,
         unlisted=sum(encoding.unlisted for encoding in encodings),
         reasons=reasons,
+        form=forms.pop() if len(forms) == 1 else "",
+        alpha=alphas.pop() if len(alphas) == 1 else OPAQUE,
     )
 
 

@@ -19,24 +19,22 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from semseg_automl.data.checks import RowCheck, each_row, size_mismatch
+from semseg_automl.data.channels import Channels
+from semseg_automl.data.checks import MOST_VALUES, RowCheck, each_row, size_mismatch
 from semseg_automl.data.colours import pack
-from semseg_automl.data.duplicates import THUMBNAIL, pixel_digest, small_picture
+from semseg_automl.data.duplicates import THUMBNAIL, bytes_digest, pixel_digest, small_picture
 from semseg_automl.data.encodings import MaskEncoding, StoredMask
-from semseg_automl.data.images import ImageSource, read_image, read_stored_mask
+from semseg_automl.data.images import ImageSource, glance, read_stored_mask
 from semseg_automl.data.objects import Extent, extents
 from semseg_automl.data.table import MaskTable
 from semseg_automl.errors import DataError
 from semseg_automl.files import replaced
 
-FORMAT = 1
+FORMAT = 2
 """Of the notes; others are ignored."""
 
 MAX_NOTES = 256 * 2**20
 """Bytes of a file of notes; larger ones are not read. An image takes about 2,000."""
-
-MOST_VALUES = 40
-"""Masks of more values were smoothed or saved as JPEG; areas of one value tell nothing then."""
 
 Facts = TypeVar("Facts", "ImageFacts", "MaskFacts")
 
@@ -48,7 +46,7 @@ class ImageFacts:
     size: tuple[int, int]
     """Height and width in pixels."""
     digest: str
-    """Of its pixels."""
+    """Of its pixels; of a JPEG, of what its pixels are decoded from."""
     picture: bytes
     """Grey, 32 x 32."""
 
@@ -92,6 +90,8 @@ class MaskFacts:
             "palette": list(encoding.palette),
             "areas": None if encoding.areas is None else [list(pair) for pair in encoding.areas.items()],
             "unlisted": encoding.unlisted,
+            "form": encoding.form,
+            "alpha": encoding.alpha,
             "objects": None if self.objects is None else [[v, [list(e) for e in x]] for v, x in self.objects.items()],
         }
 
@@ -103,6 +103,8 @@ class MaskFacts:
             palette=tuple(int(colour) for colour in data["palette"]),
             areas=None if data["areas"] is None else {int(value): int(pixels) for value, pixels in data["areas"]},
             unlisted=int(data["unlisted"]),
+            form=str(data["form"]),
+            alpha=int(data["alpha"]),
         )
         objects = data["objects"]
         return cls(
@@ -232,7 +234,9 @@ def _survey_row(table: MaskTable, row: int, notes: FileNotes | None) -> RowSurve
     image = mask = None
     source = table.images[row]
     try:
-        image = _facts(source, "image", lambda: _look_at_image(source, name), ImageFacts, notes)
+        channels = table.channels
+        key = "image" if channels is None else f"channels {channels} of the image"
+        image = _facts(source, key, lambda: _look_at_image(source, name, channels), ImageFacts, notes)
     except DataError as error:
         flaws.append((_kind(source), str(error)))
     if table.masks is not None:
@@ -266,9 +270,10 @@ def _facts(
     return found
 
 
-def _look_at_image(source: ImageSource, name: str) -> ImageFacts:
-    pixels = read_image(source, name=name)
-    return ImageFacts((pixels.shape[0], pixels.shape[1]), pixel_digest(pixels), small_picture(pixels).tobytes())
+def _look_at_image(source: ImageSource, name: str, channels: Channels | None) -> ImageFacts:
+    seen = glance(source, 2 * THUMBNAIL, name=name, channels=channels)
+    digest = bytes_digest(seen.coded) if seen.coded else pixel_digest(seen.pixels)
+    return ImageFacts(seen.size, digest, small_picture(seen.pixels).tobytes())
 
 
 def _look_at_mask(source: ImageSource, name: str) -> MaskFacts:

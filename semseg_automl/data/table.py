@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -24,6 +24,7 @@ from PIL import Image
 
 from semseg_automl.data.annotated import BACKGROUND, check_names
 from semseg_automl.data.annotations import annotation_format, are_annotations, read_annotations
+from semseg_automl.data.channels import Channels
 from semseg_automl.data.drawn import DrawnMask
 from semseg_automl.data.images import SUFFIXES, ImageSource
 from semseg_automl.data.listing import image_files
@@ -52,6 +53,8 @@ class MaskTable:
     """The name of each value, where annotations came with names."""
     notes: tuple[str, ...] = ()
     """What was decided about annotations, as sentences."""
+    channels: Channels | None = None
+    """Which channels of the images are read, as :func:`semseg_automl.data.images.read_image` takes them."""
 
     def __post_init__(self) -> None:
         if len(self.index) != len(self.images) or (self.masks is not None and len(self.masks) != len(self.images)):
@@ -85,6 +88,7 @@ class MaskTable:
             groups=None if self.groups is None else tuple(self.groups[i] for i in chosen),
             class_names=self.class_names,
             notes=self.notes,
+            channels=self.channels,
         )
 
 
@@ -98,6 +102,7 @@ def read_table(
     group_column: str | None = None,
     split: Sequence[str] = ("train",),
     known: Mapping[int, str] | None = None,
+    channels: Channels | None = None,
 ) -> MaskTable:
     """Read a table of images and masks; no image is opened.
 
@@ -112,6 +117,7 @@ def read_table(
         group_column: The column that names the group of each row; None for no groups.
         split: The parts of annotations that have some, of which the first one that is there is read.
         known: The names by value that annotations have to agree with, and by which LabelMe's are numbered.
+        channels: Which channels of the images are read.
 
     Raises:
         DataError: The CSV file or the annotations cannot be read, a column is missing, there are no rows, cells are
@@ -129,7 +135,8 @@ def read_table(
     groups = None if group_column is None else _groups(frame, group_column, called)
     names, notes = _class_names(frame, called), tuple(map(str, frame.attrs.get("notes", ())))
     check_names(known or {}, names, called)
-    return MaskTable(images, masks, frame.index, groups=groups, class_names=names, notes=notes)
+    about: dict[str, Any] = {"groups": groups, "class_names": names, "notes": notes, "channels": channels}
+    return MaskTable(images, masks, frame.index, **about)
 
 
 def read_frame(
@@ -157,7 +164,11 @@ def read_frame(
 
 
 def read_images(
-    source: object, *, image_column: str = "image", base_dir: str | os.PathLike[str] | None = None
+    source: object,
+    *,
+    image_column: str = "image",
+    base_dir: str | os.PathLike[str] | None = None,
+    channels: Channels | None = None,
 ) -> MaskTable:
     """Read images to predict on, in any form, as a table without masks; no image is opened.
 
@@ -166,6 +177,7 @@ def read_images(
             ``images``), annotations, one path, array or Pillow image, or a list or Series of them.
         image_column: The column of images of a DataFrame or CSV file.
         base_dir: Where relative paths start, as in :func:`read_table`.
+        channels: Which channels of the images are read.
 
     Raises:
         DataError: There are no images, or `source` is none of these. Files are looked at later, one by one.
@@ -173,6 +185,10 @@ def read_images(
     >>> len(read_images(["a.jpg", np.zeros((4, 6, 3), np.uint8)]))
     2
     """
+    return replace(_images_of(source, image_column, base_dir), channels=channels)
+
+
+def _images_of(source: object, image_column: str, base_dir: str | os.PathLike[str] | None) -> MaskTable:
     items: list[Any]
     index: pd.Index[Any] | None = None
     if isinstance(source, pd.DataFrame):
@@ -206,9 +222,19 @@ def read_images(
 
 
 def stream_images(
-    images: Iterator[ImageSource], size: int, *, base_dir: str | os.PathLike[str] | None = None
+    images: Iterator[ImageSource],
+    size: int,
+    *,
+    base_dir: str | os.PathLike[str] | None = None,
+    channels: Channels | None = None,
 ) -> Iterator[MaskTable]:
     """Read images to predict from an iterator as tables of at most `size` rows, whose index counts on.
+
+    Args:
+        images: Where they come from.
+        size: Rows of a table.
+        base_dir: Where relative paths start.
+        channels: Which channels of the images are read.
 
     Raises:
         DataError: An item is no path, array or Pillow image.
@@ -219,7 +245,8 @@ def stream_images(
     start = 0
     while items := list(islice(images, size)):
         index = pd.RangeIndex(start, start + len(items))
-        yield MaskTable(images=_sources(items, index, "the stream", base_dir), masks=None, index=index)
+        sources = _sources(items, index, "the stream", base_dir)
+        yield MaskTable(images=sources, masks=None, index=index, channels=channels)
         start += len(items)
 
 

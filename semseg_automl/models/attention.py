@@ -8,16 +8,22 @@ A query attends with the scores ``scale q.k + b_h[row of k] + b_w[column of k]``
   product accumulated onto the bias; the backward pass makes them again (as in Dao et al., "FlashAttention", 2022).
 - Elsewhere, the bias becomes part of the product: ``[scale q, b_h, b_w] . [k, one-hot row, one-hot column]`` is the
   same score, and torch's fused attention needs no bias.
+
+Either form runs on every device; which is the faster for which block is found by running both
+(:mod:`semseg_automl.models.attention_choice`), and without that the device's usual one is taken.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+
+Form = Literal["chunked", "fused"]
+"""The two ways of the module's docstring."""
 
 CACHED_SCORES = 2**20
 """Scores made at a time by the CPU's kernel; chosen by ``python -m benchmarks.attention``."""
@@ -37,7 +43,14 @@ def relative_table(table: Tensor, length: int) -> Tensor:
     return table[position[:, None] - position + length - 1]
 
 
-def relative_attention(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tensor) -> Tensor:
+def usual_form(device: torch.device) -> Form:
+    """Return the form that a device takes where nobody has measured."""
+    return "chunked" if device.type == "cpu" else "fused"
+
+
+def relative_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tensor, form: Form | None = None
+) -> Tensor:
     """Attend over a grid with a bias per key row and key column.
 
     Args:
@@ -46,14 +59,16 @@ def relative_attention(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: 
         v: values ``(S, N + P, d)``.
         bias_h: ``(S, N, H)``, added to the scores of all keys of a row.
         bias_w: ``(S, N, W)``, added to the scores of all keys of a column.
+        form: how it is computed; None for the device's usual form.
 
     Returns:
         ``(S, N, d)``.
     """
-    if q.device.type == "cpu" and not torch.compiler.is_exporting():  # ONNX has no operator of ours
-        attended: Tensor = _chunked_attention(q, k, v, bias_h, bias_w)
-        return attended
-    return augmented_attention(q, k, v, bias_h, bias_w)
+    # ONNX has no operator of ours.
+    if torch.compiler.is_exporting() or (form or usual_form(q.device)) == "fused":
+        return augmented_attention(q, k, v, bias_h, bias_w)
+    attended: Tensor = _chunked_attention(q, k, v, bias_h, bias_w)
+    return attended
 
 
 def augmented_attention(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tensor) -> Tensor:
@@ -198,6 +213,7 @@ class RelativeAttention(nn.Module):
         self.rel_pos_w = rel_pos_w
         self.num_heads = num_heads
         self.window_size = window_size
+        self.form: Form | None = None
 
     def forward(self, x: Tensor, prompts: Tensor | None = None) -> Tensor:
         """Attend within ``(B, H, W, dim)``, normalised tokens, and to ``prompts (P, dim)`` from every window.
@@ -216,7 +232,7 @@ class RelativeAttention(nn.Module):
             _, *further = self.qkv(prompts).view(-1, 3, self.num_heads, q.shape[-1]).permute(1, 2, 0, 3)
             times = q.shape[0] // self.num_heads  # sequences are ordered image, window, head
             k, v = (torch.cat([x, y.repeat(times, 1, 1)], dim=1) for x, y in zip((k, v), further, strict=True))
-        attended = relative_attention(q, k, v, bias_h, bias_w)
+        attended = relative_attention(q, k, v, bias_h, bias_w, self.form)
         rows, columns = qkv.shape[1] // window[0], qkv.shape[2] // window[1]
         attended = attended.view(batch, rows, columns, self.num_heads, *window, -1).permute(0, 1, 4, 2, 5, 3, 6)
         grid = attended.reshape(batch, rows * window[0], columns * window[1], -1)[:, :height, :width]

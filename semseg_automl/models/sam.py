@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from semseg_automl.errors import CheckpointError, ConfigError
@@ -188,6 +189,20 @@ SAM_SIZES: dict[str, dict[str, Any]] = {
     "sam_vit_h": {"embed_dim": 1280, "depth": 32, "num_heads": 16, "global_blocks": (7, 15, 23, 31)},
 }
 SAM_ENCODERS: dict[str, Callable[..., SamViT]] = {name: partial(SamViT, **size) for name, size in SAM_SIZES.items()}
+
+
+def unfilled(build: Callable[[], SamViT]) -> SamViT:
+    """Return what `build` makes, with parameters that hold anything: for weights that come from a file.
+
+    Drawing the 632 million random numbers of ViT-H takes seconds and touches all of the memory.
+    """
+    device = torch.get_default_device()
+    with torch.device("meta"):
+        encoder = build()
+    encoder.to_empty(device=device)
+    for name, value in (("pixel_mean", PIXEL_MEAN), ("pixel_std", PIXEL_STD)):  # no file holds these
+        encoder.get_buffer(name).copy_(torch.tensor(value).view(3, 1, 1))
+    return encoder
 
 
 def _size_name(width: int | None, depth: int) -> str:
