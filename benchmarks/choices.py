@@ -1,7 +1,7 @@
 """What a plan chooses from the data, one choice at a time: ``python -m benchmarks.choices CELL ... --data DATA``.
 
-A cell is ``set/choice/steps/seed``, for example ``camvid/repeat/80/0``: the folder DATA/set with its train.csv, val.csv
-and test.csv, fitted with one of `CHOICES` over the preset "fast" and ``--checkpoint`` in exactly so many steps of
+A cell is ``set/choice/steps/seed``, as ``camvid/ce_dice/80/0``: the folder DATA/set with its train.csv, val.csv and
+test.csv, fitted with one of `CHOICES` over the preset "fast" and ``--checkpoint`` in exactly so many steps of
 ``--batch`` images, without cached features, and scored on test.csv. Equal steps compare losses and sampling; for input
 sizes, which cost more per step, give steps in proportion to the processor seconds per step that earlier rows tell.
 Each cell is a row of ``--out``, written when it is done, and skipped where it is there already.
@@ -29,21 +29,13 @@ from semseg_automl.task import IGNORE_INDEX
 
 CHOICES: dict[str, dict[str, Any]] = {
     "usual": {},
-    "batch_dice": {"optim.loss": "batch_dice"},
-    "structure": {"optim.loss": "structure"},
-    "structure_weighted": {"optim.loss": "structure_weighted"},
-    "balanced_bce": {"optim.loss": "balanced_bce"},
-    "focal_dice": {"optim.loss": "focal_dice"},
-    "lovasz": {"optim.loss": "lovasz"},
-    "weighted_dice": {"optim.loss": "weighted_dice"},
-    "repeat_factor": {"data.sampling": "repeat_factor"},
-    "uniform": {"data.sampling": "uniform"},
-    "weighted_repeat": {"optim.loss": "weighted_dice", "data.sampling": "repeat_factor"},
-    "weighted_uniform": {"optim.loss": "weighted_dice", "data.sampling": "uniform"},
-    **{f"side{side}": {"model.input_size": side} for side in (192, 256, 320, 384)},
-    "wide320": {"model.input_size": (256, 384)},
-    "full320x480": {"model.input_size": (320, 480)},
-    "camvid384": {"model.input_size": (320, 432)},
+    **{
+        loss: {"optim.loss": loss}
+        for loss in ("structure", "structure_weighted", "balanced_bce", "ce_dice", "balanced_ce_dice")
+    },
+    **{loss: {"optim.loss": loss} for loss in ("batch_dice", "lovasz", "focal_dice")},  # of CANDIDATES
+    **{sampling: {"data.sampling": sampling} for sampling in ("uniform", "repeat_factor")},
+    **{f"{side[0]}x{side[1]}": {"model.input_size": side} for side in ((320, 480), (320, 432), (384, 384))},
 }
 """Name to hyperparameters over the preset "fast"."""
 
@@ -66,22 +58,6 @@ def batch_dice(output: SegmentationOutput, mask: Tensor, _: Seeds) -> Tensor:
     dice = 1 - (2 * (probability * target).sum(dims) + 1) / ((probability + target).sum(dims) + 1)
     present = target.sum(dims) > 0
     return cross_entropy + (dice * present).sum() / present.sum().clamp(min=1)
-
-
-def weighted_dice(output: SegmentationOutput, mask: Tensor, _: Seeds) -> Tensor:
-    """Return `losses.ce_dice` with a cross entropy in which a class of an image weighs with the root of its pixels."""
-    logits = _resized(output, mask)
-    valid = mask != IGNORE_INDEX
-    known = torch.where(valid, mask, 0)
-    target = F.one_hot(known, logits.shape[1]).permute(0, 3, 1, 2).float() * valid[:, None]
-    pixels = target.sum((2, 3))
-    weight = (target / pixels.clamp(min=1).sqrt()[:, :, None, None]).sum(1)
-    cross_entropy = F.cross_entropy(logits, known, reduction="none") * weight
-    cross_entropy = (cross_entropy.sum((1, 2)) / weight.sum((1, 2)).clamp(min=1e-6)).mean()
-    probability = logits.softmax(dim=1) * valid[:, None]
-    dice = 1 - (2 * (probability * target).sum((2, 3)) + 1) / ((probability + target).sum((2, 3)) + 1)
-    present = pixels > 0
-    return cross_entropy + ((dice * present).sum(1) / present.sum(1).clamp(min=1)).mean()
 
 
 def lovasz(output: SegmentationOutput, mask: Tensor, _: Seeds) -> Tensor:
@@ -123,7 +99,6 @@ def focal_dice(output: SegmentationOutput, mask: Tensor, _: Seeds) -> Tensor:
 
 CANDIDATES = {
     "batch_dice": Criterion("class_tokens", batch_dice),
-    "weighted_dice": Criterion("class_tokens", weighted_dice),
     "lovasz": Criterion("class_tokens", lovasz),
     "focal_dice": Criterion("binary", focal_dice),
 }

@@ -175,8 +175,8 @@ def threshold_confusions(scores: Tensor, target: Tensor) -> Tensor:
     return torch.from_numpy(np.stack([negative, positive], axis=2))
 
 
-def choose_threshold(images: Iterable[Judged], metric: str) -> float:
-    """Return the threshold, of 0.001 to 0.999, with the best figure on these images; of equals the nearest to 0.5.
+def threshold_figures(images: Iterable[Judged], metric: str) -> NDArray[np.float64]:
+    """Return the figure that each of `THRESHOLDS` gives on these images.
 
     Args:
         images: predictions of a binary task and their labels.
@@ -196,10 +196,29 @@ def choose_threshold(images: Iterable[Judged], metric: str) -> float:
             total = total + (confusions if pooled else reduce(confusions))
     if not seen:
         raise DataError("no pixel of these masks has a label, so no threshold can be chosen; give labelled images")
-    figures = (reduce(total) if pooled else total).numpy()
+    figures: NDArray[np.float64] = (reduce(total) if pooled else total / seen).numpy()
+    return figures
+
+
+def best_threshold(figures: NDArray[np.float64], metric: str) -> float:
+    """Return the threshold with the best of `threshold_figures`; of equals the nearest to 0.5."""
     best = figures.max() if METRICS[metric](2).higher_is_better else figures.min()
     equal = THRESHOLDS[figures == best]
     return float(equal[np.abs(equal - 0.5).argmin()])
+
+
+def choose_threshold(images: Iterable[Judged], metric: str) -> float:
+    """Return the threshold, of 0.001 to 0.999, with the best figure on these images; of equals the nearest to 0.5.
+
+    Args:
+        images: predictions of a binary task and their labels.
+        metric: key of `THRESHOLD_METRICS`.
+
+    Raises:
+        ConfigError: the metric is unknown, or cannot be computed from counts of pixels.
+        DataError: no pixel has a label.
+    """
+    return best_threshold(threshold_figures(images, metric), metric)
 
 
 class ReliabilityBin(NamedTuple):

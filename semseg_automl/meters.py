@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -23,20 +23,7 @@ _CLEAR = Path("/proc/self/clear_refs")
 _FORGET_PEAK = "5"  # what Linux wants to read there (man proc_pid_clear_refs)
 
 
-class Meter(Protocol):
-    """A context: what runs inside is measured."""
-
-    peak: int
-    """Bytes of tensors at most, above those that were there before."""
-
-    def __enter__(self) -> Self:
-        """Begin to measure."""
-
-    def __exit__(self, *exception: object) -> None:
-        """Stop measuring."""
-
-
-class TensorMeter(TorchDispatchMode):  # type: ignore[misc]
+class TensorMeter(TorchDispatchMode):
     """Counts the bytes of the tensors that operations make, on any device; a freed storage leaves the count.
 
     With a limit it is an allocator of that size. What an operation takes and gives back within itself is not seen, nor
@@ -53,7 +40,7 @@ class TensorMeter(TorchDispatchMode):  # type: ignore[misc]
     """
 
     def __init__(self, limit: int | None = None, known: Iterable[Tensor] = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.limit = limit
         self.live = 0
         self.peak = 0

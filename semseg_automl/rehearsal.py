@@ -14,13 +14,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
 from torch.func import functional_call
 
 from semseg_automl.data.transforms import Geometry
 from semseg_automl.hardware import Hardware
 from semseg_automl.losses import CRITERIA
-from semseg_automl.meters import CudaMeter, Meter, TensorMeter, resident_bytes
+from semseg_automl.meters import CudaMeter, TensorMeter, resident_bytes
 from semseg_automl.metrics import build_metrics
 from semseg_automl.models.layers import running_statistics
 from semseg_automl.models.segmentation_model import SegmentationModel, hard_labels, semantic_scores
@@ -31,6 +36,8 @@ from semseg_automl.tiling import join, tile_grid
 Size = tuple[int, int]
 MEMORY_SHARE = 0.9
 """Of the machine's memory that a fit may take in all; the rest is for what nobody thought of."""
+UNCOUNTABLE = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
+"""What torch raises where an operation needs values, or is not known to work without."""
 CHEAP = 0.1
 """Share of the time for probing that a second look may take."""
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -124,6 +131,9 @@ class Trial:
 
     def __post_init__(self) -> None:
         self.step = _Step(self.model, self.plan, self.around.device)
+        self.forward_seconds = 0.0
+        tile = self.plan.tile
+        self.grid = None if tile is None else tile_grid(self.around.largest, tile)
         name = self.plan.validation_metric
         metrics = build_metrics([name], kind=self.task.kind, num_classes=self.task.num_classes)
         self.metric = metrics[name].to(self.around.device)
@@ -150,6 +160,8 @@ class Trial:
         start = time.perf_counter()
         with _in_evaluation(self.model), self.step.autocast:
             scores = semantic_scores(self.model(pixels), self.plan.input_size)
+            _wait(self.around.device)
+            self.forward_seconds = time.perf_counter() - start
             for native in self._native(scores):
                 labels = hard_labels(native)
                 self.metric.update(native, labels, labels)
@@ -159,13 +171,12 @@ class Trial:
 
     def _native(self, scores: Tensor) -> Iterator[Tensor]:
         """Yield scores ``(C, H, W)`` at the largest image's own size; tiles are blended into one."""
-        size, tile = self.around.largest, self.plan.tile
-        if tile is None:
-            geometry = Geometry(size, self.plan.input_size)
+        if self.grid is None:
+            geometry = Geometry(self.around.largest, self.plan.input_size)
             yield from (geometry.undo(each) for each in scores)
             return
-        grid, geometry = tile_grid(size, tile), Geometry(tile, self.plan.input_size)
-        yield join(grid, (geometry.undo(scores[i % len(scores)]) for i in range(len(grid))))
+        geometry = Geometry(self.grid.tile, self.plan.input_size)
+        yield join(self.grid, (geometry.undo(scores[i % len(scores)]) for i in range(len(self.grid))))
 
     def first_forward(self, limit: int) -> float:
         """Validate on one image within a limit, twice where that is cheap: the first time takes longer."""
@@ -179,9 +190,10 @@ class Trial:
         Raises:
             torch.OutOfMemoryError: they take more than the limit, or than there is.
         """
-        with self._meter(limit) as training:
+        training, validation = self._meter(limit), self._meter(limit)
+        with training:
             trained = self.train(images)
-        with self._meter(limit) as validation:
+        with validation:
             validated = self.validate(images)
         return max(training.peak, validation.peak), self._per_image(images, trained, validated)
 
@@ -190,9 +202,13 @@ class Trial:
         return self._per_image(images, self.train(images), self.validate(images))
 
     def _per_image(self, images: int, training: float, validation: float) -> Seconds:
-        return Seconds(training / images, self.step.frozen_seconds / images, validation / images)
+        frozen = self.step.frozen_seconds / images
+        if self.grid is None:
+            return Seconds(training / images, frozen, validation / images)
+        rest = validation - self.forward_seconds  # of all tiles of one image; the network has seen some of them
+        return Seconds(training / images, frozen, self.forward_seconds * len(self.grid) / images + rest)
 
-    def _meter(self, limit: int | None) -> Meter:
+    def _meter(self, limit: int | None) -> TensorMeter | CudaMeter:
         if self.around.device.type == "cuda":
             return CudaMeter(self.around.device)
         grads = (p.grad for p in self.model.parameters() if p.grad is not None)
@@ -225,10 +241,11 @@ def counted_bytes(model: SegmentationModel, plan: Plan, task: SegmentationTask, 
         for weight in weights.values():
             weight.grad = torch.empty_like(weight) if weight.requires_grad else None
         known = [*weights.values(), *(w.grad for w in weights.values() if w.grad is not None)]
-        with TensorMeter(known=known) as meter:
+        meter = TensorMeter(known=known)
+        with meter:
             try:
                 functional_call(trial.step, weights, trial.batch(images))
-            except DynamicOutputShapeException as error:
+            except UNCOUNTABLE as error:
                 raise NotImplementedError(f"{plan.loss} cannot be counted without values") from error
     return meter.peak
 

@@ -18,7 +18,7 @@ import torch
 from optuna.trial import TrialState
 
 from semseg_automl.bundle import Bundle, copy_bundle, save_bundle
-from semseg_automl.calibration import THRESHOLD_METRICS, choose_threshold
+from semseg_automl.calibration import THRESHOLD_METRICS, THRESHOLDS, best_threshold, threshold_figures
 from semseg_automl.choosing import encoders_at_hand
 from semseg_automl.data.table import MaskTable
 from semseg_automl.errors import ConfigError, UnsupportedCombination, check_known
@@ -258,9 +258,20 @@ class Search:
             return 0.0
         return CHOOSING_PASSES * winner.validation_seconds + 1.0
 
+    def _scored(self, predictor: Predictor, name: str) -> dict[float, float]:
+        """Return the validation score with the usual threshold and, for binary masks, with the best one."""
+        task = self.planning.task
+        if task.kind != "binary" or name not in THRESHOLD_METRICS:
+            usual = score_table(predictor, self.validation, task, metrics=[name], threshold=THRESHOLD)
+            return {THRESHOLD: usual[name]}
+        figures = threshold_figures(judged(predictor, self.validation, task, THRESHOLD), name)
+        best = best_threshold(figures, name)
+        at = {float(threshold): float(figure) for threshold, figure in zip(THRESHOLDS, figures, strict=True)}
+        return {THRESHOLD: at[THRESHOLD], best: at[best]}
+
     def _choose_prediction(self, bundle: Bundle) -> str:
         """Choose mirroring and, for binary masks, the threshold, by validation scores; change the bundle to it."""
-        name, task, plan = bundle.plan.validation_metric, self.planning.task, bundle.plan
+        name, plan = bundle.plan.validation_metric, bundle.plan
         sign = 1 if self._higher_is_better else -1
         sides = (plan.mirrored,) if "data.mirrored" in self.chosen.asked else (False, True)
         found: dict[tuple[bool, float], float] = {}
@@ -268,18 +279,14 @@ class Search:
         for mirrored in sides:
             predictor = self._predictor(bundle, mirrored=mirrored)
             start = time.monotonic()
-            score = partial(score_table, predictor, self.validation, task, metrics=[name])
-            found[mirrored, THRESHOLD] = score(threshold=THRESHOLD)[name]
+            scored = self._scored(predictor, name)
             per_image = 1000 * (time.monotonic() - start) / len(self.validation)
             latency = self.chosen.config.search.latency
             if mirrored and not plan.mirrored and latency is not None and per_image > latency:
-                del found[mirrored, THRESHOLD]
                 slow = f"; mirrored, an image takes {per_image:.0f} ms, above search.latency"
                 continue
-            if task.kind == "binary" and name in THRESHOLD_METRICS:
-                threshold = choose_threshold(judged(predictor, self.validation, task, THRESHOLD), name)
-                found[mirrored, threshold] = score(threshold=threshold)[name]
-        usual = found[sides[0], THRESHOLD]
+            found |= {(mirrored, threshold): score for threshold, score in scored.items()}
+        usual = found[plan.mirrored, THRESHOLD]
         (mirrored, threshold), best = max(found.items(), key=lambda item: sign * item[1])
         if sign * (best - usual) < MIN_GAIN:
             return f"predictions stay as they are: no mirroring or threshold scores {MIN_GAIN} better{slow}"
@@ -290,9 +297,8 @@ class Search:
         return f"predictions {with_or}, threshold {threshold:.3f}: {name} {best:.4f} instead of {usual:.4f}{slow}"
 
 
-CHOOSING_PASSES = 7.0
-"""Validations' worth of time to choose how to predict: up to three passes as they are, and three of twice the time,
-of which those of the validation saw smaller maps."""
+CHOOSING_PASSES = 3.5
+"""Validations' worth of time to choose how to predict: a pass over the rows as they are, and one mirrored too."""
 THRESHOLD = 0.5
 
 

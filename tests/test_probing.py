@@ -330,8 +330,11 @@ def test_probe__large_images_in_validation__count(monkeypatch: pytest.MonkeyPatc
 def test_probe__images_in_tiles__are_blended_as_in_validation() -> None:
     plan = plan_of({"data.tiling": "on", "data.tile_scale": 0.5, "env.batch_size": 2}, size=(300, 300))
     assert plan.tile is not None
-    _, found = probe(seeded_model(plan), plan, BINARY, around(largest=(300, 300)))
-    assert found.validation_seconds is not None
+    model = seeded_model(plan)
+    few, many = (probe(model, plan, BINARY, around(largest=(side, side)))[1] for side in (60, 900))
+    assert few.validation_seconds is not None
+    assert many.validation_seconds is not None
+    assert many.validation_seconds > 20 * few.validation_seconds  # 1 and 361 tiles
 
 
 def test_probe__features_are_cached__times_the_frozen_part_apart() -> None:
