@@ -58,6 +58,10 @@ INSTALL_REQUIRES = [
     # 11.0 counts the reduced copy inside a TIFF as a second page; with 11.3 all tests pass but the one of Pillow's own
     # size limit for WebP and TIFF, which came with 13. No upper bound: a major comes every year, for a dropped Python.
     "pillow>=11.3",
+    # Keeps the race of a search, and draws configurations. 5.0 is tried.
+    "optuna>=5,<6",
+    # Optuna keeps its files by it; we import its errors by name. 2.0 is what Optuna's documentation uses.
+    "sqlalchemy>=2,<3",
     # Fills in the page of the report; torch asks for it, too. Tried.
     "jinja2>=3.1,<4",
     # Writes TensorBoard's files in a hundredth of the space that TensorBoard itself takes; 2.6.2 goes with NumPy 2.

@@ -32,7 +32,7 @@ from semseg_automl.models.segmentation_model import SegmentationModel
 from semseg_automl.models.tiny_vit import IMAGENET_MEAN, IMAGENET_STD
 from semseg_automl.task import SegmentationTask
 from semseg_automl.third_party import make_torchvision_importable
-from semseg_automl.training import data_module, train
+from semseg_automl.training import Course, data_module, train
 
 FIELDS = ("cell", "seconds", "fit_seconds", "steps", "best_validation", "metric", "value")
 
@@ -83,7 +83,7 @@ def fit_unet(folder: Path, seconds: float, seed: int) -> tuple[Predictor, Segmen
         on_best=lambda _: None,
         on_epoch=lambda entry: print(entry, flush=True),
         on_notice=print,
-        deadline=start + seconds,
+        course=Course(deadline=start + seconds),
         progress_bar=False,
     )
     predictor = Predictor(model.eval(), plan.input_size, plan.micro_batch_size, torch.device("cpu"), tile=plan.tile)

@@ -68,11 +68,14 @@ class Clock(lightning.Callback):
     Args:
         plan: peak learning rate and schedule. A parameter group's own peak is ``lr_ratio`` times it.
         deadline: `time.monotonic` seconds at which everything must be done, or None.
+        stands: a fit that is gone on with has until then; otherwise what it took before counts, as if it had begun
+            earlier by as much.
     """
 
-    def __init__(self, plan: Plan, deadline: float | None) -> None:
+    def __init__(self, plan: Plan, deadline: float | None, *, stands: bool = False) -> None:
         self.plan = plan
         self.deadline = deadline
+        self.stands = stands
         self.start = time.monotonic()
         self.reserve = 0.1 * (deadline - self.start) if deadline is not None else 0.0
         self.validation_start = self.start
@@ -86,6 +89,8 @@ class Clock(lightning.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Count from where the fit was."""
         self.before, self.reserve = state_dict["seconds"], state_dict["reserve"]
+        if self.deadline is not None and not self.stands:
+            self.deadline -= self.before
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Start the clock."""

@@ -144,9 +144,8 @@ class SemanticSegmentor(JudgedSegmentor):
             resume: go on with the fit of the same plan and data that was cut off in the constructor's `path`, if there
                 is one; without a time limit, and on one processor type, to the very weights it would have had.
             on_bad_rows: "drop" leaves out rows whose files cannot be used, and names each of them.
-            hyperparameter_tune_kwargs: race configurations before the best of them is fitted to the end: "auto", or a
-                mapping as for `semseg_automl.searching.tune_settings`, such as ``{"num_trials": 6}``. `leaderboard`
-                lists them then.
+            hyperparameter_tune_kwargs: race configurations, and fit the best to the end; "auto", or a mapping such as
+                ``{"num_trials": 6}`` (`semseg_automl.searching.tune_settings`). `leaderboard` lists them then.
             dry_run: decide everything, set `task_`, `plan_` and `forecast_`, and train nothing.
             **trainer_options: passed to Lightning's Trainer by name: callbacks, accelerator, devices, ... `logger` is
                 ``tensorboard`` (the default, into the folder's ``logs``), ``mlflow``, ``wandb``, ``csv``, a logger of
@@ -161,37 +160,41 @@ class SemanticSegmentor(JudgedSegmentor):
         """
         start = time.monotonic()
         settings = self._arranged(trainer_options, resume)
-        given = None if plan is None else plan if isinstance(plan, Plan) else read_plan(Path(plan))
-        if given is not None:
-            decided = [presets, hyperparameters, self.hyperparameters, seed, time_limit, *map(settings.get, PLANNED)]
-            seed, time_limit = planned_choices(given, decided)
+        given = plan if plan is None or isinstance(plan, Plan) else read_plan(Path(plan))
         tuned = tune_settings(hyperparameter_tune_kwargs)
+        if given is not None:
+            asked = [presets, hyperparameters, self.hyperparameters, tuned, *map(settings.get, PLANNED)]
+            seed, time_limit = planned_choices(given, [seed, time_limit, *asked])
         chosen = self._chosen(presets, [hyperparameters, tuned], holdout_frac, settings)
-        config = chosen.config
-        hardware = detect_hardware()  # before anything is kept, which would count as used
+        config, hardware = chosen.config, detect_hardware()  # before anything is kept, which would count as used
         kept = DecodedFiles(0 if dry_run else _room(config, given, hardware))
-        fit_table, validation, checks = self._tables(train_data, tuning_data, groups, on_bad_rows, config, seed, kept)
-        planning = self._planning(fit_table, checks, hardware, seed=seed, time_limit=time_limit)
-        search = given is None and config.search.candidates > 0
-        if given is None:
-            given = planning.plan(chosen)
-        else:
-            check_plan(given, self.task_)
-        self.plan_ = given
-        self.classes_ = np.asarray(self.task_.labels)
+        table, validation, checks = self._tables(train_data, tuning_data, groups, on_bad_rows, config, seed, kept)
+        planning = self._planning(table, checks, hardware, seed=seed, time_limit=time_limit)
+        race = self._decide(given, planning, chosen)
         data = fingerprint(self.task_, checks, validation_rows=len(validation))
         if dry_run:
-            self._foretell(fit_table, validation, data, settings, may_change=plan is None)
-        else:
-            self._say(str(self.task_))
-        race = (planning, chosen) if search else None
-        if race is not None:
-            check_search(*race, self.plan_, self._processes, self._say)
-        if not dry_run:
-            deadline = None if time_limit is None else start + time_limit
-            seconds, stands = config.env.state_seconds, plan is not None
-            self._train(fit_table, validation, data, kept, deadline, settings, resume, seconds, race, stands)
+            self._foretell(table, validation, data, settings, may_change=given is None)
+            return self
+        deadline = None if time_limit is None else start + time_limit
+        seconds, stands = config.env.state_seconds, given is not None
+        self._train(table, validation, data, kept, deadline, settings, resume, seconds, race, stands)
         return self
+
+    def _decide(
+        self, given: Plan | None, planning: Planning, chosen: Chosen
+    ) -> tuple[Planning, Chosen] | None:
+        """Set the plan, and say what it is for; return what a search needs, if there is to be one."""
+        if given is None:
+            self.plan_ = planning.plan(chosen)
+        else:
+            check_plan(given, self.task_)
+            self.plan_ = given
+        self.classes_ = np.asarray(self.task_.labels)
+        self._say(str(self.task_))
+        if given is not None or not chosen.config.search.candidates:
+            return None
+        check_search(planning, chosen, self.plan_, self._processes, self._say)
+        return planning, chosen
 
     def _arranged(self, options: dict[str, Any], resume: bool) -> dict[str, Any]:
         """Check options of Lightning's trainer, and find out which of how many processes this is.
@@ -316,13 +319,13 @@ class SemanticSegmentor(JudgedSegmentor):
         *,
         may_change: bool,
     ) -> None:
-        """Say task and plan and, of one process, what the fit will take."""
-        said: list[object] = [self.task_, self.plan_]
+        """Say the plan and, of one process, what the fit will take."""
+        said: list[object] = [self.plan_]
         if not self._processes.are_several:
             rest: dict[str, Any] = {"largest": data.largest, "device": training_device(settings.get("accelerator"))}
             tables = (table, validation)
             self.plan_, self.forecast_ = look_ahead(self.plan_, self.task_, *tables, may_change=may_change, **rest)
-            said = [self.task_, self.plan_, self.forecast_]
+            said = [self.plan_, self.forecast_]
         self._say("\n".join(map(str, said)))
 
     def _train(

@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from semseg_automl.build import seeded_model
-from semseg_automl.bundle import Bundle, load_bundle, save_bundle
-from semseg_automl.callbacks import TrainingResult, Weights
+from semseg_automl.bundle import Bundle, load_bundle
+from semseg_automl.callbacks import TrainingResult
 from semseg_automl.data.cache import ImageCache
 from semseg_automl.data.kept import DecodedFiles
 from semseg_automl.data.table import MaskTable
 from semseg_automl.errors import BundleError, ConfigError, TrainingError
 from semseg_automl.fingerprint import Fingerprint
-from semseg_automl.forecast import Forecast, compared, look_ahead, taken
+from semseg_automl.forecast import look_ahead
 from semseg_automl.hardware import training_device
 from semseg_automl.memory import begun_with, is_out_of_memory, shared_plan, smaller
-from semseg_automl.meters import forget_peak, peak_bytes
+from semseg_automl.meters import forget_peak
 from semseg_automl.models.attention_choice import choose_attention
 from semseg_automl.peft import count_parameters
-from semseg_automl.peft.usage import usage_summary
 from semseg_automl.plan import Plan
-from semseg_automl.processes import ALONE, Agreement, Processes, meet, parting
-from semseg_automl.report import save_expert_usage
+from semseg_automl.processes import ALONE, Agreement, Processes, parting
 from semseg_automl.resume import (
     FOLDER,
     MACHINE_DECIDES,
@@ -36,21 +33,17 @@ from semseg_automl.resume import (
     StateKeeper,
     begin_run,
     check_same_plan,
-    end_run,
     newest_state,
     read_state,
     row_name,
 )
+from semseg_automl.saving import Saver
 from semseg_automl.slices import Slice
 from semseg_automl.task import SegmentationTask
-from semseg_automl.training import data_module, train
+from semseg_automl.training import Course, data_module, train
 
 ATTENTION = "attention.json"
 """Beside the states of a fit: a fit that goes on must compute as it began."""
-TO_GO_ON = ("interrupt", "slice")
-"""What ends a fit that may be gone on with; an interrupt has ended the other processes, too."""
-THRESHOLD = 0.5
-"""Foreground probability above which a pixel is foreground."""
 
 
 @dataclass(frozen=True)
@@ -131,26 +124,17 @@ def fit_bundle(
     plan = shared_plan(plan, processes, rows=len(table), validation_rows=len(validation))
     tables = {"train": table, "validation": validation}
     state = _earlier_state(states, plan, task, tables, say, resume=resume, writes=processes.is_first)
-    result = TrainingResult()
     bundle = Bundle(seeded_model(plan), plan, task)
-    saver = _Saver(bundle, folder, result, settings, dropped_rows, data, say, writes=processes.is_first)
+    saver = Saver(bundle, folder, TrainingResult(), settings, dropped_rows, data, say, writes=processes.is_first)
     _tell_start(bundle, processes, say)
+    asked = trainer_options or {}
     if not processes.are_several:
-        _look_ahead(saver, tables, state, trainer_options or {}, may_change=not plan_stands, predicts=part is None)
-    options = {
-        "on_best": saver.save_best,
-        "on_epoch": lambda entry: say(_epoch_line(entry, plan.validation_metric)),
-        "cache_folder": folder / "features",
-        "deadline": deadline,
-        "trainer_options": _trainer_options(trainer_options or {}, folder, processes, bundle, tables, state),
-        "processes": processes,
-        "progress_bar": progress_bar,
-        "deadline_stands": part is not None,
-    }
-    rest: dict[str, Any] = {"kept": kept, "part": part, "say": say, "state_seconds": state_seconds}
-    rest["options"] = options
+        _look_ahead(saver, tables, state, asked, may_change=not plan_stands, predicts=part is None)
+    options = {"cache_folder": folder / "features", "processes": processes, "progress_bar": progress_bar}
+    options["trainer_options"] = _trainer_options(asked, folder, processes, bundle, tables, state)
+    course = Course(state=state, deadline=deadline, deadline_stands=part is not None)
     with parting():
-        _train_within_memory(bundle, tables, result, states, state, **rest)
+        _train_within_memory(saver, tables, course, kept, part, state_seconds, options)
         saver.finish()
     return bundle
 
@@ -166,7 +150,7 @@ def _tell_start(bundle: Bundle, processes: Processes, say: Callable[[str], None]
 
 
 def _look_ahead(
-    saver: _Saver,
+    saver: Saver,
     tables: Mapping[str, MaskTable],
     state: Mapping[str, Any] | None,
     trainer_options: Mapping[str, Any],
@@ -179,6 +163,7 @@ def _look_ahead(
     if may_change and state is not None:
         bundle.plan, may_change = begun_with(bundle.plan, state["micro_batch_size"]), False
     if predicts and saver.data is not None:
+        _choose_attention(bundle, saver.folder / FOLDER, device, _silent)  # said when training begins
         rest: dict[str, Any] = {"device": device, "model": bundle.model, "may_change": may_change}
         rows = (tables["train"], tables["validation"])
         bundle.plan, saver.forecast = look_ahead(bundle.plan, bundle.task, *rows, largest=saver.data.largest, **rest)
@@ -213,69 +198,6 @@ def _trainer_options(
     return options | {"callbacks": [*asked.get("callbacks", []), Agreement(facts)]}
 
 
-def _tell_experts(folder: Path, usage: Mapping[str, Sequence[int]], say: Callable[[str], None]) -> None:
-    if usage:
-        say(usage_summary(usage))
-    save_expert_usage(folder, usage)
-
-
-@dataclass
-class _Saver:
-    """Writes the bundle whenever it is better, what does not change only once."""
-
-    bundle: Bundle
-    folder: Path
-    result: TrainingResult
-    settings: Mapping[str, Any]
-    dropped_rows: Sequence[str]
-    data: Fingerprint | None
-    say: Callable[[str], None]
-    writes: bool = True
-    saved: bool = False
-    forecast: Forecast | None = None
-    peak_of: torch.device | None = None
-
-    def save(self) -> None:
-        """Write what there is.
-
-        Raises:
-            BundleError: the folder cannot be written.
-        """
-        found: dict[str, Any] = {} if self.data is None else {"data": self.data.model_dump(mode="json")}
-        peak = None if self.peak_of is None else peak_bytes(self.peak_of)
-        found["peak_bytes"] = peak
-        if self.forecast is not None:
-            found["forecast"] = {"predicted": self.forecast.plain(), "actual": taken(self.result.history, peak)}
-        self.bundle.record = _record(self.result, self.settings, self.dropped_rows) | found
-        if self.writes:
-            save_bundle(self.folder, self.bundle, frozen_too=not self.saved)
-        self.saved = True
-
-    def finish(self) -> None:
-        """Save what there is, wait for the other processes to be here, too, and tidy up.
-
-        Raises:
-            BundleError: the folder cannot be written.
-        """
-        self.save()
-        if self.result.stopped_by not in TO_GO_ON:
-            meet()
-            if self.writes:
-                end_run(self.folder / FOLDER)
-        if self.writes:
-            self.say(_last_line(self.result, self.bundle.plan.validation_metric, self.folder))
-            if self.forecast is not None:
-                self.say(f"it took {compared(self.bundle.record['forecast'])}")
-            _tell_experts(self.folder, self.result.expert_usage, self.say)
-
-    def save_best(self, _: Weights) -> None:
-        """Write the best so far; a full disk is only told: the weights are in memory too, and saved at the end."""
-        try:
-            self.save()
-        except BundleError as error:
-            self.say(f"{error} Training goes on.")
-
-
 def _earlier_state(
     states: Path,
     plan: Plan,
@@ -305,35 +227,29 @@ def _earlier_state(
 
 
 def _train_within_memory(
-    bundle: Bundle,
+    saver: Saver,
     tables: Mapping[str, MaskTable],
-    result: TrainingResult,
-    states: Path,
-    state: dict[str, Any] | None,
-    *,
+    course: Course,
     kept: DecodedFiles | None,
     part: Part | None,
-    say: Callable[[str], None],
     state_seconds: float | None,
     options: Mapping[str, Any],
 ) -> None:
     """Train the bundle's network; where memory runs out, go on from there with a smaller micro-batch.
 
     Args:
-        bundle: its plan is changed to the one that fitted.
+        saver: of the bundle, whose plan is changed to the one that fitted.
         tables: training and validation rows.
-        result: filled in.
-        states: folder of the states.
-        state: to go on with, or None.
+        course: when training begins and ends.
         kept: of the rows, see `fit_bundle`.
         part: see `fit_bundle`.
-        say: called with what the user should know.
         state_seconds: see `fit_bundle`.
         options: of `train`.
 
     Raises:
         TrainingError: not one image at a time fits.
     """
+    bundle, say, states = saver.bundle, saver.say, saver.folder / FOLDER
     while True:
         plan = bundle.plan
         if not options["processes"].are_several:  # they would have to choose alike
@@ -342,10 +258,9 @@ def _train_within_memory(
         keeper = StateKeeper(states, micro_batch_size=images, interval=state_seconds, on_notice=say)
         cache = None if part is None else part.cache
         data = data_module(plan, bundle.task, tables["train"], tables["validation"], kept, cache)
-        ends = None if part is None else part.slice(keeper)
-        rest = {"result": result, "on_notice": say, "states": keeper, "state": state, "stop_after": ends, **options}
+        course = replace(course, states=keeper, stop_after=None if part is None else part.slice(keeper))
         try:
-            train(bundle.model, plan, bundle.task, data, **rest)
+            train(bundle.model, plan, bundle.task, data, course=course, **saver.hearing, **options)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -369,15 +284,18 @@ def _train_within_memory(
             f"{' and recomputed activations' if fewer.checkpointing else ''}"
         )
         bundle.plan = fewer
-        state = keeper.rescued
-        if state is None:  # not within a step: the last state on disk, or from the beginning
-            path = newest_state(states, say)
-            state = None if path is None else read_state(path)
-        if state is None:
+        course = replace(course, state=keeper.rescued or _last_state(states, say))
+        if course.state is None:
             bundle.model = seeded_model(fewer)
-            vars(result).update(vars(TrainingResult()))
+            vars(saver.result).update(vars(TrainingResult()))
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _last_state(states: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """Return the last state on disk, for memory that ran out not within a step; None: from the beginning."""
+    path = newest_state(states, say)
+    return None if path is None else read_state(path)
 
 
 def _choose_attention(bundle: Bundle, states: Path, device: torch.device, say: Callable[[str], None]) -> None:
@@ -412,32 +330,3 @@ def _finished(folder: Path, plan: Plan, settings: Mapping[str, Any], say: Callab
         )
     say(f"the fit in '{folder}' is complete; nothing is left to do")
     return bundle
-
-
-def _epoch_line(entry: Mapping[str, float], metric: str) -> str:
-    return (
-        f"epoch {entry['epoch']:.0f}: {entry['seconds']:.0f} s, step {entry['step']:.0f}, train loss "
-        f"{entry.get('train_loss', math.nan):.4f}, {metric} {entry[metric]:.4f}"
-    )
-
-
-def _last_line(result: TrainingResult, metric: str, folder: Path) -> str:
-    return (
-        f"stopped by {result.stopped_by}; best {metric} {result.best_score:.4f} in epoch {result.best_epoch}; "
-        f"saved in {folder}"
-    )
-
-
-def _record(result: TrainingResult, settings: Mapping[str, Any], dropped_rows: Sequence[str]) -> dict[str, Any]:
-    """Gather what the bundle keeps beside weights, plan and task."""
-    return {
-        "settings": dict(settings),
-        "dropped_rows": list(dropped_rows),
-        "threshold": THRESHOLD,
-        "best_score": result.best_score,
-        "best_epoch": result.best_epoch,
-        "stopped_by": result.stopped_by,
-        "expert_usage": result.expert_usage,
-        "validation_seconds": result.validation_seconds,
-        "history": result.history,
-    }

@@ -27,8 +27,8 @@ SCRATCH_SIDE = 128
 trained from scratch, as steps teach more than pixels (benchmarks/RESULTS.md)."""
 THIN = 4.0
 """Pixels of the input; scores are computed on every fourth, so narrower objects are less than one of them wide."""
-LONG_FIT = 600.0
-"""Seconds that a fit must have, if it has a limit, for more pixels to pay: in a short one steps teach more
+LONG_FIT = 300.0
+"""Seconds that a fit must have, if it has a limit, for more pixels to pay: in a shorter one steps teach more
 (benchmarks/LOG.md)."""
 
 

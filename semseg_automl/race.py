@@ -18,9 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from optuna.trial import FrozenTrial, TrialState
+from typing import TYPE_CHECKING, Any
 
 from semseg_automl.bundle import Bundle
 from semseg_automl.config import SearchConfig
@@ -31,7 +29,10 @@ from semseg_automl.plan import Plan
 from semseg_automl.planning import Chosen, Planning
 from semseg_automl.portfolio import BASELINE, Portfolio, relative_settings, settings_of
 from semseg_automl.resume import FOLDER as STATES
-from semseg_automl.study import LEFT, NAME, SECONDS, STEPS, Study, choices_of
+from semseg_automl.study import LEFT, NAME, SECONDS, STEPS, Ending, Study, choices_of
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
 
 FOLDER = "search"
 """Of the candidates, each in a folder of its own, in the folder of the fit."""
@@ -196,7 +197,7 @@ class Race:
         )
         self.candidates.append(candidate)
         if left and LEFT not in facts:
-            self._leave(candidate, left, TrialState.FAIL)
+            self._leave(candidate, left, "failed")
 
     def _told(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Return the settings that differ from those of the plan without a search."""
@@ -251,7 +252,7 @@ class Race:
         try:
             bundle = self.fit(candidate.plan, self.folder / candidate.name, part)
         except (TrainingError, CheckpointError) as error:
-            self._leave(candidate, f"cannot be trained: {error}", TrialState.FAIL)
+            self._leave(candidate, f"cannot be trained: {error}", "failed")
             return
         record = bundle.record
         self.interrupted = record["stopped_by"] == "interrupt"
@@ -288,15 +289,15 @@ class Race:
         good = [e for e in ordered if (e.score >= bar if self.study.higher_is_better else e.score <= bar)]
         going = 1 if last else min(len(good), math.ceil(len(ordered) / 2))
         for candidate in ordered[max(1, going) :]:
-            self._leave(candidate, f"behind after round {turn + 1}", TrialState.PRUNED)
+            self._leave(candidate, f"behind after round {turn + 1}", "behind")
 
-    def _leave(self, candidate: Candidate, why: str, state: TrialState) -> None:
+    def _leave(self, candidate: Candidate, why: str, how: Ending) -> None:
         """Take a candidate out; what it would need to go on is deleted."""
         candidate.left = why
         self.study.note(candidate.trial, **{LEFT: why})
-        self.study.end(candidate.trial, state)
+        self.study.end(candidate.trial, how)
         shutil.rmtree(self.folder / candidate.name / STATES, ignore_errors=True)
-        if state is TrialState.FAIL:
+        if how == "failed":
             self.say(f"{candidate.name} is out, {why}")
 
     def _share_frozen(self, folder: Path) -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from optuna.trial import TrialState
 
 from semseg_automl.bundle import Bundle, copy_bundle, save_bundle
 from semseg_automl.calibration import THRESHOLD_METRICS, THRESHOLDS, best_threshold, threshold_figures
@@ -225,7 +224,7 @@ class Search:
         winner.steps = int(bundle.record["history"][-1]["step"])
         interrupted = bundle.record["stopped_by"] == "interrupt"
         if not interrupted:
-            race.study.end(winner.trial, TrialState.COMPLETE, winner.score)
+            race.study.end(winner.trial, "won", winner.score)
         verdict = baseline_verdict(race.candidates, winner, higher_is_better=race.study.higher_is_better)
         self.say(verdict)
         predicted = "as the plan has it"

@@ -10,7 +10,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
@@ -22,6 +22,7 @@ from semseg_automl.errors import ConfigError
 from semseg_automl.portfolio import Point, Range, Space
 
 DATABASE = "race.db"
+Ending = Literal["won", "behind", "failed"]
 NAME, WHERE, SECONDS, STEPS, LEFT, WHAT = "name", "where", "seconds", "steps", "left", "what"
 
 
@@ -107,9 +108,10 @@ class Study:
         """Return what all trials scored after a round, of whatever machine."""
         return [t.intermediate_values[turn] for t in self._study.trials if turn in t.intermediate_values]
 
-    def end(self, number: int, state: TrialState, score: float | None = None) -> None:
-        """Say how a trial ended, unless that is known."""
-        self._study.tell(number, score, state=state, skip_if_finished=True)
+    def end(self, number: int, how: Ending, score: float | None = None) -> None:
+        """Say how a trial ended, unless that is known: won (with its score), is behind, or cannot be trained."""
+        states = {"won": TrialState.COMPLETE, "behind": TrialState.PRUNED, "failed": TrialState.FAIL}
+        self._study.tell(number, score, state=states[how], skip_if_finished=True)
 
     def _handle(self, number: int) -> optuna.Trial:
         """Return what a trial is changed by; Optuna hands it out once, to whom it was asked for, not after a kill."""

@@ -11,6 +11,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,31 @@ def image_cache(plan: Plan, train_table: MaskTable, validation_table: MaskTable)
     return ImageCache(rows, plan.image_cache, shared=shared) if plan.image_cache else None
 
 
+@dataclass(frozen=True)
+class Course:
+    """When a training begins, is saved and ends, beside what its plan says.
+
+    Attributes:
+        states: saves the state of training now and then; None saves none.
+        state: to go on with, from `resume.read_state`; None begins anew.
+        deadline: `time.monotonic` seconds at which training, last validation included, must be over; earlier by what
+            a fit that is gone on with took before. None for no such time.
+        deadline_stands: whatever that took.
+        stop_after: ends this slice of the training; None where it is done in one go.
+    """
+
+    states: StateKeeper | None = None
+    state: dict[str, Any] | None = None
+    deadline: float | None = None
+    deadline_stands: bool = False
+    stop_after: Slice | None = None
+
+    @property
+    def savers(self) -> list[lightning.Callback]:
+        """The callbacks that save, which must come last."""
+        return [each for each in (self.states, self.stop_after) if each is not None]
+
+
 def train(
     model: SegmentationModel,
     plan: Plan,
@@ -226,11 +252,7 @@ def train(
     on_epoch: Callable[[dict[str, float]], None],
     on_notice: Callable[[str], None],
     cache_folder: Path | None = None,
-    states: StateKeeper | None = None,
-    state: dict[str, Any] | None = None,
-    deadline: float | None = None,
-    deadline_stands: bool = False,
-    stop_after: Slice | None = None,
+    course: Course | None = None,
     trainer_options: dict[str, Any] | None = None,
     processes: Processes = ALONE,
     progress_bar: bool = True,
@@ -247,12 +269,7 @@ def train(
         on_epoch: called with each complete entry of the history.
         on_notice: called with what the user should know besides, for example that the feature cache is full.
         cache_folder: for a feature cache on disk, made and deleted here; may be None without one.
-        states: saves the state of training now and then; None saves none.
-        state: to go on with, from `resume.read_state`; None begins anew.
-        deadline: `time.monotonic` seconds at which training, last validation included, must be over. What a fit that
-            is gone on with took before counts too, as if it had begun earlier by as much.
-        deadline_stands: it does not: the deadline is the deadline.
-        stop_after: ends this slice of the training; None where it is done in one go.
+        course: when it begins, is saved and ends; None: from the beginning to the end of the plan.
         trainer_options: passed on to Lightning's trainer by name.
         processes: that train together, as `trainer_processes` found them; each calls this.
         progress_bar: show Lightning's progress bar.
@@ -261,42 +278,38 @@ def train(
         ConfigError: a trainer option is unknown, or the plan caches on disk without a folder.
         TrainingError: the loss is no longer finite.
     """
+    course = course or Course()
     if plan.checkpointing:
         model.encoder.checkpointing = True
     options = check_trainer_options(trainer_options or {})
     module = FineTuneModule(model, plan, task)
     usage = ExpertUsage(model)
     keeper = WeightKeeper(model, plan, result, usage, on_best, on_epoch)
-    clock = Clock(plan, deadline)
+    clock = Clock(plan, course.deadline, stands=course.deadline_stands)
     patience = _early_stopping(module)
-    loggers, logs = _trackers(options, module, result, data.validation, processes)
-    last = [each for each in (states, stop_after) if each is not None]
-    callbacks = [clock, usage, keeper, patience, *logs, *options.pop("callbacks", []), *last]
+    loggers, callbacks = _trackers(options, module, result, data.validation, processes)
+    callbacks = [clock, usage, keeper, patience, *callbacks, *options.pop("callbacks", []), *course.savers]
     settings = _trainer_settings(module, processes, {"enable_progress_bar": progress_bar, "logger": loggers} | options)
-    if states is not None:
-        settings["plugins"] = [StateIO(state), *listed(options.get("plugins"))]
+    if course.states is not None:
+        settings["plugins"] = [StateIO(course.state), *listed(options.get("plugins"))]
     data.processes = processes
-    if state is not None:
-        position = prepare_state(state, plan.micro_batch_size * processes.count, clock.state_key)
+    if course.state is not None:
+        position = prepare_state(course.state, plan.micro_batch_size * processes.count, clock.state_key)
         data.start = position.epoch, position.samples
-        clock.deadline = None if deadline is None else deadline - (0.0 if deadline_stands else position.seconds)
     with quiet_lightning():
         trainer = lightning.Trainer(callbacks=callbacks, **settings)
         folder = None if cache_folder is None else cache_folder / f"rank{processes.rank}"
         noise, caches = _own_noise(trainer, plan), feature_caches(model, plan, data, folder, on_notice)
         with noise, caches as module.caches:
-            interrupted = _fit_or_interrupt(trainer, module, data, None if state is None else f"state{SUFFIX}")
-            if plan.soup > 1 and not interrupted and not (stop_after is not None and stop_after.over):
+            begun = None if course.state is None else f"state{SUFFIX}"
+            interrupted = _fit_or_interrupt(trainer, module, data, begun)
+            sliced = course.stop_after is not None and course.stop_after.over and not clock.out_of_time
+            if plan.soup > 1 and not interrupted and not sliced:
                 on_notice(_stir(keeper, module, data, settings, processes))
     keeper.restore()
     model.eval()
-    sliced = stop_after is not None and stop_after.over and not interrupted
-    reasons = {
-        "interrupt": interrupted,
-        "time_limit": clock.out_of_time,
-        "slice": sliced,
-        "patience": patience.stopped_epoch,
-    }
+    reasons = {"interrupt": interrupted, "slice": sliced, "time_limit": clock.out_of_time}
+    reasons["patience"] = bool(patience.stopped_epoch)
     result.stopped_by = next((name for name, true in reasons.items() if true), result.stopped_by)
 
 

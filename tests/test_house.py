@@ -23,7 +23,8 @@ PACKAGE = "semseg_automl"
 # below the estimator, and cli and demo above it, as calls go.
 LAYERS = [
     "version errors third_party data",
-    "files data.colours data.completeness data.npy data.rle data.drawn data.duplicates data.cache data.channels data.forms",
+    "files data.colours data.completeness data.npy data.rle data.drawn data.duplicates data.cache data.channels"
+    " data.forms",
     "tiling matching hardware meters processes soft_map soup",
     "data.images data.decoding data.headers data.encodings data.objects data.widths data.modes data.palettes",
     "class_values data.pooling data.listing data.annotated data.coco data.yolo data.labelme data.pairs",
@@ -43,7 +44,8 @@ LAYERS = [
     "evaluation",
     "sinks report_scores",
     "report_page",
-    "fitting fitted check_page study",
+    "saving fitted check_page study",
+    "fitting",
     "race",
     "leaderboard searching",
     "judging",
@@ -61,9 +63,12 @@ THROUGH_THE_DOOR = {"lightning", "torchmetrics", "timm", "segment_anything"}
 OWNERS = {
     "pandas": {
         "data.table", "data.annotations", "estimator", "fitted", "report", "evaluation", "comparison", "strata",
-        "review", "judging", "checking", "check_page",
+        "review", "judging", "checking", "check_page", "leaderboard",
     },
-    "lightning": {"training", "callbacks", "resume", "trackers", "processes", "data.dataset"},
+    "lightning": {
+        "training", "trainer_options", "callbacks", "resume", "slices", "trackers", "processes", "data.dataset",
+    },
+    "optuna": {"study"},
     "timm": {"models.timm_encoder"},
     "segment_anything": {"models.sam"},
 }
@@ -72,7 +77,7 @@ MAX_FILE_LINES = 450
 MAX_FUNCTION_LINES = 70
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 HARMLESS = "pickle.UnpicklingError"  # what torch.load raises for a damaged file; reads nothing itself
-SLOW_TO_IMPORT = {"torch", "torchvision", "lightning", "timm", "sklearn", "scipy", "pandas", "cv2"}
+SLOW_TO_IMPORT = {"torch", "torchvision", "lightning", "timm", "sklearn", "scipy", "pandas", "cv2", "optuna"}
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,7 @@ def test_largest_that_fits__peak_grows_evenly__is_the_largest_divisor_within(roo
 
     assert largest_that_fits(peak, [8, 4, 2, 1], room) == expected
     assert len(tried) == len(set(tried))
+    assert max(tried) <= max(2, (expected or (1, 0))[0])  # what the line excludes is not even tried
 
 
 def test_largest_that_fits__choice_takes_more_than_the_line_says__is_a_smaller_one() -> None:

@@ -109,13 +109,13 @@ def check_of(widths: dict[int, float], encoding: MaskEncoding = NUMBERS) -> RowC
 def test_object_widths__binary__are_those_of_the_foreground() -> None:
     checks = [check_of({0: 0.9, 255: 0.01 * n, 100: 0.5}) for n in range(1, 12)]
     typical, small = object_widths(BINARY, [*checks, check_of({})]) or (0.0, 0.0)
-    assert (typical, small) == (pytest.approx(0.06), pytest.approx(0.03))
+    assert (typical, small) == pytest.approx((0.06, 0.03))
 
 
 def test_object_widths__classes__count_once_an_image() -> None:
     task = SegmentationTask("multiclass", (0, 1, 5), ("sky", "road", "pole"))
     checks = [check_of({0: 0.8, 1: 0.4, 5: 0.01}), check_of({0: 0.8, 1: 0.4})]
-    assert object_widths(task, checks) == (pytest.approx(0.4), pytest.approx(0.322))
+    assert object_widths(task, checks) == pytest.approx((0.4, 0.322))
 
 
 def test_object_widths__palette_of_a_task_of_colours__is_looked_up() -> None:

@@ -34,8 +34,8 @@ def class_repeats(shares: NDArray[np.float64]) -> NDArray[np.float64]:
     seen = shares[shares > 0]
     if not seen.size:
         return np.ones_like(shares)
-    factors = np.sqrt(np.median(seen) / np.where(shares > 0, shares, np.inf))
-    return np.clip(factors, 1.0, MOST_REPEATS)
+    factors: NDArray[np.float64] = np.sqrt(np.median(seen) / np.where(shares > 0, shares, np.inf))
+    return factors.clip(1.0, MOST_REPEATS)
 
 
 def row_repeats(present: NDArray[np.bool_]) -> NDArray[np.float64]:
@@ -48,7 +48,8 @@ def row_repeats(present: NDArray[np.bool_]) -> NDArray[np.float64]:
     [1.0, 2.9154759474226504]
     """
     factors = class_repeats(present.mean(axis=0))
-    return np.where(present, factors, 1.0).max(axis=1, initial=1.0)
+    repeats: NDArray[np.float64] = np.where(present, factors, 1.0).max(axis=1, initial=1.0)
+    return repeats
 
 
 class ViewSampler(Sampler[int]):
