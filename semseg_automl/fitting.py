@@ -129,7 +129,7 @@ def fit_bundle(
     _tell_start(bundle, processes, say)
     asked = trainer_options or {}
     if not processes.are_several:
-        _look_ahead(saver, tables, state, asked, may_change=not plan_stands, predicts=part is None)
+        _look_ahead(saver, tables, kept, state, asked, may_change=not plan_stands, predicts=part is None)
     options = {"cache_folder": folder / "features", "processes": processes, "progress_bar": progress_bar}
     options["trainer_options"] = _trainer_options(asked, folder, processes, bundle, tables, state)
     course = Course(state=state, deadline=deadline, deadline_stands=part is not None)
@@ -152,6 +152,7 @@ def _tell_start(bundle: Bundle, processes: Processes, say: Callable[[str], None]
 def _look_ahead(
     saver: Saver,
     tables: Mapping[str, MaskTable],
+    kept: DecodedFiles | None,
     state: Mapping[str, Any] | None,
     trainer_options: Mapping[str, Any],
     *,
@@ -165,7 +166,7 @@ def _look_ahead(
     if predicts and saver.data is not None:
         _choose_attention(bundle, saver.folder / FOLDER, device, _silent)  # said when training begins
         rest: dict[str, Any] = {"device": device, "model": bundle.model, "may_change": may_change}
-        rows = (tables["train"], tables["validation"])
+        rows = (tables["train"] if kept is None else kept.shown_in(tables["train"]), tables["validation"])
         bundle.plan, saver.forecast = look_ahead(bundle.plan, bundle.task, *rows, largest=saver.data.largest, **rest)
         saver.say(str(saver.forecast))
     saver.peak_of = device if forget_peak(device) else None

@@ -75,7 +75,7 @@ def rank(
     ).set_index("candidate")
     table.insert(0, "changed", [_told(line["settings"]) for line in lines])
     if data is not None:
-        more = []
+        more: list[dict[str, float]] = []
         for line in lines:
             if math.isnan(line["score"]):
                 more.append({})

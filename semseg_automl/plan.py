@@ -175,8 +175,7 @@ def make_plan(
         UnsupportedCombination: two settings exclude each other; those that work are named.
     """
     reasons: dict[str, str] = {"encoder": encoder.why}
-    whole_size = _input_size(config, stats, encoder, time_limit, reasons)
-    framing = choose_framing(config, stats.sizes, whole_size, encoder, reasons)
+    framing = choose_framing(config, stats.sizes, _size(config, stats, encoder, time_limit, reasons), encoder, reasons)
     peft, peft_options = choose_method(config, encoder, reasons)
     loss, decoder_options = _head(config, task, stats, encoder, reasons)
     batch_size, views, max_epochs = _budget(config, stats, encoder, time_limit, reasons)
@@ -220,7 +219,7 @@ def make_plan(
     )
 
 
-def _input_size(
+def _size(
     config: Config, stats: DataStats, encoder: EncoderFacts, time_limit: float | None, reasons: dict[str, str]
 ) -> tuple[int, int]:
     """SAM's own size for SAM; else about `auto_area` pixels at the median aspect ratio, never above the images' own."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from semseg_automl.build import build_method
-from semseg_automl.callbacks import Clock, ExpertUsage, TrainingResult, WeightKeeper, Weights
+from semseg_automl.callbacks import Clock, ExpertUsage, TrainingResult, WeightKeeper
 from semseg_automl.data.cache import ImageCache
 from semseg_automl.data.crops import CropRule
 from semseg_automl.data.dataset import Batch, MaskDataModule, MaskDataset
@@ -38,6 +38,7 @@ from semseg_automl.plan import Plan
 from semseg_automl.processes import ALONE, Processes, built_strategy
 from semseg_automl.resume import SUFFIX, StateIO, StateKeeper, prepare_state
 from semseg_automl.slices import Slice
+from semseg_automl.soup import Weights
 from semseg_automl.task import SegmentationTask
 from semseg_automl.third_party import lightning
 from semseg_automl.tiling import join

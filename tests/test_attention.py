@@ -67,7 +67,8 @@ def test_relative_attention__half_precision__is_near_float32(
 ) -> None:
     tensors = inputs(grid, torch.float32, prompts)
     halves = [x.detach().to(dtype).requires_grad_() for x in tensors]
-    expected, got = plain_attention(*tensors), relative_attention(*halves)
+    q, k, v, bias_h, bias_w = halves
+    expected, got = plain_attention(*tensors), relative_attention(q, k, v, bias_h, bias_w)
     assert got.dtype == dtype
     torch.testing.assert_close(got.float(), expected, rtol=0.05, atol=0.05)
     wanted = torch.autograd.grad(expected.sum(), tensors)

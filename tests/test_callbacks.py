@@ -15,11 +15,11 @@ from semseg_automl.callbacks import (
     ExpertUsage,
     TrainingResult,
     WeightKeeper,
-    Weights,
     learning_rate_factor,
 )
 from semseg_automl.peft.conv_lora import ConvLoraLinear
 from semseg_automl.plan import Plan
+from semseg_automl.soup import Weights
 
 PLAN = cast(Plan, SimpleNamespace(lr=0.01, warmup=0.1, schedule="cosine", ema=0.0, validation_metric="iou"))
 Entry = dict[str, float]

@@ -62,7 +62,7 @@ def tiff(
                 if differences:
                     before = np.zeros_like(part[:, :1])
                     part = np.diff(part, axis=1, prepend=before)
-                data = part.astype(part.dtype.newbyteorder(order)).tobytes()
+                data = part.astype(part.dtype.newbyteorder("<" if order == "<" else ">")).tobytes()
                 parts.append(zlib.compress(data) if packed else data)
     starts = np.cumsum([8] + [len(part) for part in parts])[:-1].tolist()
     tags: dict[int, list[int]] = {
@@ -122,7 +122,7 @@ def test_read_image__turned_tiff_of_many_channels__is_upright(tmp_path: Path) ->
 @pytest.mark.parametrize("count", [2, 5, 64])
 def test_read_image__many_channels_and_no_choice__names_the_argument(tmp_path: Path, count: int) -> None:
     np.save(tmp_path / "a.npy", cube(count))
-    sources = [tmp_path / "a.npy", cube(count)]
+    sources: list[Any] = [tmp_path / "a.npy", cube(count)]
     sources += [tiff(tmp_path / "a.tif", cube(count))] if count > 2 else []
     for source in sources:
         with pytest.raises(DataError, match=rf"of {count} channels; choose three, or one, .* up to {count - 1} here"):
@@ -146,7 +146,7 @@ def test_read_image__channel_that_is_not_there__says_how_many_there_are(tmp_path
 def test_read_image__channels_of_usual_files__are_those_stored(tmp_path: Path, suffix: str) -> None:
     pixels = cube(4)
     path = tmp_path / f"a.{suffix}"
-    options = {"lossless": True, "exact": True} if suffix == "webp" else {}
+    options: dict[str, Any] = {"lossless": True, "exact": True} if suffix == "webp" else {}
     Image.fromarray(pixels).save(path, **options)
     for source in (path, pixels, Image.fromarray(pixels)):
         assert np.array_equal(read_image(source, channels=(3, 1, 0)), pixels[:, :, [3, 1, 0]])

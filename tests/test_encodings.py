@@ -311,7 +311,7 @@ def test_encoding__of_random_colours__comes_back_pixel_by_pixel(
     drawing.ravel()[: len(colours)] = np.arange(len(colours))
     write = as_palette([*range(len(colours))], dict(enumerate(colours))) if indexed else as_file(".png", colours)
     with tempfile.TemporaryDirectory() as folder:
-        label = write(drawing, Path(folder) / "label")
+        label: Any = write(drawing, Path(folder) / "label")
         if mode == "RGBA" and not indexed:
             label = as_file(".png", colours, mode="RGBA")(drawing, Path(folder) / "label")
         table = MaskTable((np.zeros((9, 13), np.uint8),), (label,), pd.RangeIndex(1))

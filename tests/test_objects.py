@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import cv2
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from semseg_automl.data import objects as module
 from semseg_automl.data.objects import Extent, count_small, extents
@@ -38,12 +41,12 @@ def test_extents__noise_and_blocks__are_those_of_each_value_alone(dtype: type, b
     for _ in range(20):
         height, width, kinds = rng.integers(1, 16, 3)
         small = rng.integers(-3 if dtype is np.int32 else 0, kinds, (height, width))
-        mask = np.kron(small, np.ones((block, block), np.int64)).astype(dtype)
+        mask: NDArray[Any] = np.kron(small, np.ones((block, block), np.int64)).astype(dtype)
         expected: dict[int, list[Extent]] = {}
         for value in np.unique(mask).tolist():
             stats = cv2.connectedComponentsWithStats((mask == value).astype(np.uint8), connectivity=8)[2][1:]
             sizes, numbers = np.unique(stats[:, [3, 2]], axis=0, return_counts=True)
-            expected[value] = [Extent(*size, number) for size, number in zip(sizes.tolist(), numbers, strict=True)]
+            expected[value] = [Extent(*map(int, row)) for row in np.column_stack([sizes, numbers])]
         assert {value: list(found) for value, found in extents(mask).items()} == expected
 
 

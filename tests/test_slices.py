@@ -65,7 +65,8 @@ def test_slices__at_any_moments__train_the_same_weights_as_one_go(
 ) -> None:
     whole, sliced = Weights(), Weights()
     carry_out(planned, tmp_path / "whole", trainer_options={"callbacks": [whole], "logger": False})
-    parts, ends = itertools.cycle(seconds), []
+    parts = itertools.cycle(seconds)
+    ends: list[str] = []
     while not ends or ends[-1] == "slice":
         part = Part(next(parts), None)
         done = carry_out(

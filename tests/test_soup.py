@@ -46,7 +46,8 @@ def test_greedy_soup__average_scores_lower__is_left() -> None:
 def test_greedy_soup__lower_is_better__turns_the_comparison() -> None:
     best = [Ingredient(-each.score, each.epoch, each.weights) for each in ingredients(1.1, 1.5)]
     _, score, count = greedy_soup(best, lambda weights: -closeness(weights), higher_is_better=False)
-    assert (count, score) == (1, pytest.approx(0.1))
+    assert count == 1
+    assert score == pytest.approx(0.1)
 
 
 def test_greedy_soup__nothing_to_average__is_an_error() -> None:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from semseg_automl import draw_dataset
 from semseg_automl.build import seeded_model
-from semseg_automl.callbacks import TrainingResult, Weights
+from semseg_automl.callbacks import TrainingResult
 from semseg_automl.data.checks import check_rows
 from semseg_automl.data.dataset import MaskDataModule
 from semseg_automl.data.table import read_table
@@ -23,6 +23,7 @@ from semseg_automl.models.segmentation_model import SegmentationModel
 from semseg_automl.peft import METHODS, PeftMethod, trainable_parameters
 from semseg_automl.peft.usage import expert_layers
 from semseg_automl.plan import Plan
+from semseg_automl.soup import Weights
 from semseg_automl.task import SegmentationTask
 from semseg_automl.trainer_options import check_trainer_options
 from semseg_automl.training import FineTuneModule, data_module, train

@@ -86,6 +86,12 @@ class DecodedFiles:
         Masks with a palette, which an array has not, stay paths, and so do images of which channels are chosen: those
         of an array, too, would be chosen from.
         """
+        shown = self.shown_in(table)
+        self.clear()
+        return shown
+
+    def shown_in(self, table: MaskTable) -> MaskTable:
+        """Return what `as_table` does, and keep everything: for a short look."""
         images: list[ImageSource] = []
         masks: list[ImageSource] = []
         with self._lock:
@@ -96,7 +102,6 @@ class DecodedFiles:
                 if table.masks is not None:
                     mask = None if mask_path is None else self._masks.get(mask_path)
                     masks.append(table.masks[row] if mask is None or mask.palette else mask.pixels)
-        self.clear()
         values = _values(table) | {"images": tuple(images), "masks": None if table.masks is None else tuple(masks)}
         return _NamedTable(**values, names=table)
 

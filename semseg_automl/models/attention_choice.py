@@ -214,7 +214,8 @@ def _run(form: Form, tensors: list[torch.Tensor], device: torch.device) -> float
     """Return the seconds of one run."""
     _wait(device)
     start = time.perf_counter()
-    out = relative_attention(*tensors, form=form)
+    q, k, v, bias_h, bias_w = tensors
+    out = relative_attention(q, k, v, bias_h, bias_w, form=form)
     if out.requires_grad:
         torch.autograd.grad(out.sum(), tensors)
     _wait(device)

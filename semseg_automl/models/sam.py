@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from semseg_automl.errors import CheckpointError, ConfigError
 from semseg_automl.models.attention import RelativeAttention
-from semseg_automl.models.encoder import Seam, TokenEncoder
+from semseg_automl.models.encoder import Encoder, Seam, TokenEncoder
 from semseg_automl.models.layers import LayerNorm2d, interpolate_position
 from semseg_automl.models.sam_names import to_sam_names
 
@@ -191,7 +191,7 @@ SAM_SIZES: dict[str, dict[str, Any]] = {
 SAM_ENCODERS: dict[str, Callable[..., SamViT]] = {name: partial(SamViT, **size) for name, size in SAM_SIZES.items()}
 
 
-def unfilled(build: Callable[[], SamViT]) -> SamViT:
+def unfilled(build: Callable[[], Encoder]) -> Encoder:
     """Return what `build` makes, with parameters that hold anything: for weights that come from a file.
 
     Drawing the 632 million random numbers of ViT-H takes seconds and touches all of the memory.
