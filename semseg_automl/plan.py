@@ -130,14 +130,15 @@ class Plan(BaseModel):
         return None if self.tile_scale is None else tile_size(self.input_size, self.tile_scale)
 
     def __str__(self) -> str:
-        """Return one line per decision: setting, value, reason."""
+        """Return a table with a line per decision: setting, value, reason."""
         lines = []
         for name, value in self.model_dump(exclude={"reasons"}).items():
-            reason = self.reasons.get(name)
-            lines.append(f"{name:18} {value}" + (f"   ({reason})" if reason else ""))
+            lines.append(f"{name:18} {value!s:{VALUE_WIDTH}} {self.reasons.get(name, '')}".rstrip())
         return "\n".join(lines)
 
 
+VALUE_WIDTH = 20
+"""Of the column of values where a plan is printed; longer values push their reason aside."""
 DECODED_CHANNELS = 4  # three of the image and the mask, uint8
 NEVER_AUTO = {"weight_decay", "warmup", "schedule", "gradient_clip", "ema", "soup"}
 """Settings of `OptimConfig` that a plan takes as they are."""

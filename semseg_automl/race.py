@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 FOLDER = "search"
 """Of the candidates, each in a folder of its own, in the folder of the fit."""
-LEAST_SECONDS = 8.0
-"""Of a slice: below, building a network and validating it takes most of the time."""
+LEAST_SECONDS = 20.0
+"""Of a slice: below, a few steps tell little, and building a network and validating it takes most of the time."""
 LEAST_STEPS = 25
 FROZEN = "frozen.safetensors"
 

@@ -303,13 +303,14 @@ def test_read_images__folder__takes_npy_images_and_no_other_arrays(folder: Path)
     np.save(images / "4.npy", np.zeros((4, 5, 3), np.uint8))
     np.save(images / "5.npy", np.zeros((4, 5), np.uint16))
     np.save(images / "6.npy", np.zeros((4, 5), np.float32))
-    np.save(images / "7.npy", np.zeros((4, 5, 7), np.uint8))
+    np.save(images / "7.npy", np.zeros((4, 5, 70), np.uint8))
+    np.save(images / "70.npy", np.zeros((4, 5, 7), np.uint8))  # an image of seven channels, to be chosen from
     (images / "8.npy").write_bytes((images / "4.npy").read_bytes()[:-1])  # truncated: told when it is read
     (images / "9.npy").write_bytes(b"nothing")
     (images / "A.npy").mkdir()
     found = [Path(str(path)).name for path in read_images(images).images]
-    assert found == ["1.png", "2.png", "3.png", "4.npy", "5.npy", "8.npy"]
-    assert len(read_images(folder)) == 6  # the images of a folder that has them in images/
+    assert found == ["1.png", "2.png", "3.png", "4.npy", "5.npy", "70.npy", "8.npy"]
+    assert len(read_images(folder)) == 7  # the images of a folder that has them in images/
 
 
 def test_coco_of_real_masks__drawn__are_nearly_the_masks(shared: Callable[[str], Path], tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from semseg_automl.peft.conv_lora import ConvLoraLinear
 from semseg_automl.plan import Plan
 from semseg_automl.soup import Weights
 
-PLAN = cast(Plan, SimpleNamespace(lr=0.01, warmup=0.1, schedule="cosine", ema=0.0, validation_metric="iou"))
+PLAN = cast(Plan, SimpleNamespace(lr=0.01, warmup=0.1, schedule="cosine", ema=0.0, soup=1, validation_metric="iou"))
 Entry = dict[str, float]
 
 
