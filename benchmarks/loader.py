@@ -10,7 +10,8 @@ passes until the first batch is there, processes started and what the check kept
 `check_data` without its notes on files, and with its rules, takes turns with the same opening of every file, on which
 nothing else is done.
 
-An epoch has a thousand rows at least: a folder of fewer is there several times under other names, for both sides.
+An epoch has a thousand rows at least: a folder of fewer is there several times under other names, for both sides. For
+`check_data`, to which these would be duplicates, each file is there once.
 
 Medians over rounds whose order alternates. Other programs on the machine slow both sides, so the ratios are what
 counts; threads, which ours uses where there are no loader processes, only help where a core is free.
@@ -230,8 +231,9 @@ def measure_set(name: str, options: argparse.Namespace, place: Path) -> None:
     """Measure one data set; `place` is for links and notes."""
     os.environ["SEMSEG_AUTOML_CACHE"] = str(place)
     (place / "links").mkdir()
-    table = at_least(options.rows, read_table(options.data / name / "train.csv"), place / "links")
-    report(name, f"check_data, {len(table)} rows", measure_check(table, place, options.rounds))
+    once = read_table(options.data / name / "train.csv")  # files that are there several times would all be duplicates
+    report(name, f"check_data, {len(once)} rows", measure_check(once, place, options.rounds))
+    table = at_least(options.rows, once, place / "links")
     checks = check_rows(table)
     task = infer_task([check.value_counts for check in checks], encodings=[check.encoding for check in checks])
     for workers in options.workers:

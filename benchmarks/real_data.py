@@ -56,6 +56,12 @@ class Unet(nn.Module):
         """Segment ``(B, 3, H, W)`` in 0..255."""
         return SegmentationOutput(self.net((images.float() - self.mean) / self.std), None)
 
+    @property
+    def encoder(self) -> nn.Module:
+        """The network's encoder, in which the predictor looks for attention to choose a form of."""
+        encoder: nn.Module = self.net.encoder
+        return encoder
+
     def aux_loss(self) -> Tensor:
         """Have no auxiliary loss."""
         return torch.zeros(())

@@ -140,6 +140,9 @@ class Race:
         if not ordered:
             reasons = "; ".join(f"{each.name}: {each.left}" for each in self.candidates)
             raise TrainingError(f"no configuration of the search could be trained. {reasons}")
+        for other in () if self.interrupted else ordered[1:]:
+            why = "no time was left for it" if math.isnan(other.score) else "behind when the time was up"
+            self._leave(other, why, "behind")
         return ordered[0]
 
     def _affordable(self, start: float) -> int:

@@ -160,6 +160,7 @@ def test_race__time_used_up__stops_between_slices(planning: Planning, tmp_path: 
     winner = race.run()
     assert [name for name, _ in fit.parts] == ["plan"]
     assert winner.name == "plan"
+    assert [each.left for each in race.candidates if each is not winner] == ["no time was left for it"]
 
 
 def test_race__one_cannot_be_trained__goes_on_without_it(planning: Planning, tmp_path: Path) -> None:
