@@ -33,6 +33,7 @@ from semseg_automl.portfolio import Portfolio, make_portfolio
 from semseg_automl.processes import Processes
 from semseg_automl.race import FOLDER, Candidate, Race, baseline_verdict
 from semseg_automl.resume import row_name
+from semseg_automl.saving import THRESHOLD
 from semseg_automl.study import SECONDS, Study
 from semseg_automl.training import data_module, image_cache
 
@@ -298,7 +299,6 @@ class Search:
 
 CHOOSING_PASSES = 3.5
 """Validations' worth of time to choose how to predict: a pass over the rows as they are, and one mirrored too."""
-THRESHOLD = 0.5
 
 
 def _told(settings: Mapping[str, Any]) -> str:
