@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from semseg_automl.bundle import Bundle
 from semseg_automl.calibration import Judged
 from semseg_automl.capacity import images_room
 from semseg_automl.data.checks import RowCheck, check_rows
@@ -29,6 +30,26 @@ from semseg_automl.uncertainty import ImageTallies, Interval
 LISTED_ROWS = 20
 KEPT_BYTES = 2**30
 """Of decoded images and masks between their check and their prediction, at most."""
+
+
+def predictor_of(bundle: Bundle, *, temperature: float = 1.0, mirrored: bool | None = None) -> Predictor:
+    """Return what predicts with a bundle's network, which goes to this machine's device.
+
+    Args:
+        bundle: of a fit.
+        temperature: what the logits of all scores are divided by.
+        mirrored: average the scores with those of the mirrored image; None: as the plan has it.
+    """
+    plan, device = bundle.plan, torch.device(detect_hardware().device)
+    return Predictor(
+        bundle.model.eval().to(device),
+        plan.input_size,
+        plan.micro_batch_size,
+        device,
+        temperature=temperature,
+        tile=plan.tile,
+        mirrored=plan.mirrored if mirrored is None else mirrored,
+    )
 
 
 def check_values(task: SegmentationTask, table: MaskTable, checks: Sequence[RowCheck]) -> None:

@@ -14,7 +14,6 @@ from typing import Any, Self
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 from PIL.Image import Image as PillowImage
 from sklearn.base import BaseEstimator
@@ -29,9 +28,8 @@ from semseg_automl.data.checks import check_rows
 from semseg_automl.data.images import ImageSource
 from semseg_automl.data.table import MaskTable, read_frame, read_images, read_table, stream_images
 from semseg_automl.errors import BundleError, ConfigError, SemsegError
-from semseg_automl.evaluation import check_values, evaluate_table
+from semseg_automl.evaluation import check_values, evaluate_table, predictor_of
 from semseg_automl.forecast import Forecast
-from semseg_automl.hardware import detect_hardware
 from semseg_automl.inference import FailedPrediction, MetricSize, OnError, Predictor
 from semseg_automl.metrics import DEFAULT_METRICS, MetricChoice, SegmentationMetric
 from semseg_automl.peft import count_parameters
@@ -89,17 +87,8 @@ class FittedSegmentor(BaseEstimator):  # type: ignore[misc]
             raise BundleError(f"bundle.yaml is damaged: {error}. Save or fit again.") from error
         self.history_ = pd.DataFrame(bundle.record["history"])
         self.dropped_rows_ = list(bundle.record.get("dropped_rows", []))  # older bundles do not tell
-        device = torch.device(detect_hardware().device)
         self._bundle = bundle
-        self._predictor = Predictor(
-            bundle.model.eval().to(device),
-            bundle.plan.input_size,
-            bundle.plan.micro_batch_size,
-            device,
-            temperature=self.temperature_,
-            tile=bundle.plan.tile,
-            mirrored=bundle.plan.mirrored,
-        )
+        self._predictor = predictor_of(bundle, temperature=self.temperature_)
 
     def evaluate(
         self,

@@ -26,6 +26,7 @@ from semseg_automl.models.attention_choice import choose_attention
 from semseg_automl.peft import count_parameters
 from semseg_automl.plan import Plan
 from semseg_automl.processes import ALONE, Agreement, Processes, parting
+from semseg_automl.rehearsal import AUTOCAST
 from semseg_automl.resume import (
     FOLDER,
     MACHINE_DECIDES,
@@ -307,7 +308,7 @@ def _choose_attention(bundle: Bundle, states: Path, device: torch.device, say: C
         plan.input_size,
         batch=plan.micro_batch_size,
         device=device,
-        dtype={"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(plan.precision, torch.float32),
+        dtype=AUTOCAST.get(plan.precision, torch.float32),
         training=True,
         file=states / ATTENTION,
     )

@@ -165,14 +165,12 @@ class JudgedSegmentor(FittedSegmentor):
             BundleError: a candidate's folder is gone.
             DataError: rows cannot be used.
         """
-        predictor = self._fitted()
+        self._fitted()
         table = None if data is None else self._read(data)
         if table is not None:
             check_values(self.task_, table, check_rows(table))
         chosen = self._metric_names(self.plan_.validation_metric if metrics is None else metrics)
-        return rank(
-            self.path_, self._bundle.record, predictor.device, data=table, metrics=chosen, fitted=self._bundle
-        )
+        return rank(self.path_, self._bundle.record, data=table, metrics=chosen, fitted=self._bundle)
 
     def _judge(self, table: MaskTable, predictor: Predictor | None = None) -> Iterator[Judged]:
         """Check all masks, then predict and pair each with its prediction."""

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 
 from semseg_automl.bundle import Bundle, load_bundle
 from semseg_automl.data.kept import image_of
 from semseg_automl.data.table import MaskTable, read_images
 from semseg_automl.errors import BundleError, ConfigError
-from semseg_automl.evaluation import tally_table
+from semseg_automl.evaluation import predictor_of, tally_table
 from semseg_automl.inference import Predictor
 from semseg_automl.metrics import MetricChoice
 from semseg_automl.race import FOLDER
@@ -49,7 +48,6 @@ def known_candidates(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 def rank(
     folder: Path,
     record: Mapping[str, Any],
-    device: torch.device,
     *,
     data: MaskTable | None,
     metrics: Sequence[MetricChoice],
@@ -60,7 +58,6 @@ def rank(
     Args:
         folder: of the segmentor, with the candidates in it.
         record: of the segmentor.
-        device: to predict on.
         data: labelled rows to judge all candidates on, or None for what the race knows.
         metrics: to compute on them.
         fitted: the segmentor itself, which is judged as it predicts; the winner's own line.
@@ -81,25 +78,14 @@ def rank(
                 more.append({})
                 continue
             own = folder / FOLDER / _folder_name(line["candidate"])
-            more.append(_judged(own, fitted if line["winner"] else load_bundle(own), device, data, metrics))
+            more.append(_judged(own, fitted if line["winner"] else load_bundle(own), data, metrics))
         table = table.join(pd.DataFrame(more, index=table.index))
     return table.drop(columns="winner")
 
 
-def _judged(
-    folder: Path, bundle: Bundle, device: torch.device, data: MaskTable, metrics: Sequence[MetricChoice]
-) -> dict[str, float]:
+def _judged(folder: Path, bundle: Bundle, data: MaskTable, metrics: Sequence[MetricChoice]) -> dict[str, float]:
     """Score a candidate on rows, with intervals; time it and weigh it."""
-    plan = bundle.plan
-    predictor = Predictor(
-        bundle.model.eval().to(device),
-        plan.input_size,
-        plan.micro_batch_size,
-        device,
-        temperature=float(bundle.record.get("temperature", 1.0)),
-        tile=plan.tile,
-        mirrored=plan.mirrored,
-    )
+    predictor = predictor_of(bundle, temperature=float(bundle.record.get("temperature", 1.0)))
     threshold = float(bundle.record["threshold"])
     tallies = tally_table(predictor, data, bundle.task, metrics=metrics, threshold=threshold)
     found: dict[str, float] = {}

@@ -38,7 +38,6 @@ class DataStats:
         classes: how much of the data each class takes; empty where nobody has counted.
         object_width: how wide the objects typically are, relative to the root of their image's pixels; None where
             nobody has measured.
-        small_width: what a fifth of them stay below.
     """
 
     rows: int
@@ -46,7 +45,6 @@ class DataStats:
     loading_seconds: float | None = None
     classes: tuple[ClassShare, ...] = ()
     object_width: float | None = None
-    small_width: float | None = None
 
 
 class Plan(BaseModel):

@@ -162,11 +162,19 @@ class Planning:
     def _stats(self, config: Config) -> DataStats:
         # A processor that trains loads between its steps, whatever that takes.
         timed = self.hardware.device != "cpu" and config.env.num_workers == "auto"
-        seconds = loading_seconds(self.table, self.task) if timed else None
+        return replace(self._counted, loading_seconds=self._loading_seconds if timed else None)
+
+    @cached_property
+    def _counted(self) -> DataStats:
+        """What the checks tell, the same for every plan."""
         sizes = tuple(check.size for check in self.checks)
-        typical, small = object_widths(self.task, self.checks) or (None, None)
+        typical, _ = object_widths(self.task, self.checks) or (None, None)
         classes = fingerprint(self.task, self.checks).classes
-        return DataStats(len(self.table), sizes, seconds, classes, typical, small)
+        return DataStats(len(self.table), sizes, classes=classes, object_width=typical)
+
+    @cached_property
+    def _loading_seconds(self) -> float:
+        return loading_seconds(self.table, self.task)
 
 
 def check_plan(given: Plan, task: SegmentationTask) -> None:

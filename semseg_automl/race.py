@@ -57,6 +57,7 @@ class Candidate:
         score: of its last validation, NaN before the first.
         seconds: spent on it, building and validating included.
         steps: of the optimizer.
+        rounds: that it has behind it.
         left: why it is out, or empty.
         overhead: seconds of the last part that were not training.
         validation_seconds: of its last validation.
@@ -69,6 +70,7 @@ class Candidate:
     score: float = math.nan
     seconds: float = 0.0
     steps: int = 0
+    rounds: int = 0
     left: str = ""
     overhead: float | None = None
     validation_seconds: float = 0.0
@@ -196,6 +198,7 @@ class Race:
             score=scores[max(scores)] if scores else math.nan,
             seconds=facts.get(SECONDS, 0.0),
             steps=facts.get(STEPS, 0),
+            rounds=len(scores),
             left=left,
         )
         self.candidates.append(candidate)
@@ -218,7 +221,7 @@ class Race:
 
     def _round(self, turn: int, rounds_left: int, runners: list[Candidate], start: float) -> None:
         """Give each runner a slice, unless it had this one before the race was cut off."""
-        waiting = [each for each in runners if self._turns(each) <= turn]
+        waiting = [each for each in runners if each.rounds <= turn]
         for place, candidate in enumerate(waiting):
             if self.interrupted:
                 return
@@ -226,11 +229,6 @@ class Race:
             if part is None:
                 return
             self._train(candidate, part, turn)
-
-    def _turns(self, candidate: Candidate) -> int:
-        """Return how many rounds a candidate has behind it."""
-        trial = next(each for each in self.study.mine() if each.number == candidate.trial)
-        return len(trial.intermediate_values)
 
     def _part(
         self, candidate: Candidate, rounds_left: int, runners: int, waiting: int, start: float
@@ -269,6 +267,7 @@ class Race:
         self.study.note(candidate.trial, **{SECONDS: candidate.seconds, STEPS: candidate.steps})
         if not self.interrupted:
             self.study.report(candidate.trial, candidate.score, turn)
+            candidate.rounds += 1
         name = candidate.plan.validation_metric
         after = f"{candidate.seconds:.0f} s, {candidate.steps} steps"
         self.say(f"{candidate.name}: {name} {candidate.score:.4f} after {after}")

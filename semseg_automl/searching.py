@@ -14,16 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from semseg_automl.bundle import Bundle, copy_bundle, save_bundle
 from semseg_automl.calibration import THRESHOLD_METRICS, THRESHOLDS, best_threshold, threshold_figures
 from semseg_automl.choosing import encoders_at_hand
 from semseg_automl.data.table import MaskTable
 from semseg_automl.errors import ConfigError, UnsupportedCombination, check_known
-from semseg_automl.evaluation import judged, score_table
+from semseg_automl.evaluation import judged, predictor_of, score_table
 from semseg_automl.fitting import Part, fit_bundle
-from semseg_automl.hardware import detect_hardware
 from semseg_automl.inference import Predictor
 from semseg_automl.metrics import build_metrics
 from semseg_automl.models.facts import OFFICIAL
@@ -204,9 +201,12 @@ class Search:
             resume=self.resume,
         )
 
-    def _part(self, plan: Plan, folder: Path, part: Part, *, say: Callable[[str], None]) -> Bundle:
-        """Carry out a part of a candidate's fit."""
-        options = {**self.fit_options, "kept": None, "deadline": self.deadline, "part": part, "say": say}
+    def _part(
+        self, plan: Plan, folder: Path, part: Part, *, say: Callable[[str], None], kept_back: float = 0.0
+    ) -> Bundle:
+        """Carry out a part of a candidate's fit, which is over some seconds before everything is."""
+        deadline = None if self.deadline is None else self.deadline - kept_back
+        options = {**self.fit_options, "kept": None, "deadline": deadline, "part": part, "say": say}
         return fit_bundle(
             plan, self.planning.task, self.planning.table, self.validation, folder, resume=True, **options
         )
@@ -216,10 +216,8 @@ class Search:
         folder = self.folder / FOLDER / winner.name
         start = time.monotonic()
         self.say(f"{winner.name} is fitted on: {_told(winner.settings)}")
-        deadline = None if self.deadline is None else self.deadline - self._choosing_seconds(winner)
-        options = {**self.fit_options, "kept": None, "deadline": deadline, "part": Part(None, race.cache)}
-        tables = (self.planning.table, self.validation)
-        bundle = fit_bundle(winner.plan, self.planning.task, *tables, folder, resume=True, say=self.say, **options)
+        last = Part(None, race.cache)
+        bundle = self._part(winner.plan, folder, last, say=self.say, kept_back=self._choosing_seconds(winner))
         winner.seconds += time.monotonic() - start
         winner.score = float(bundle.record["best_score"])
         winner.steps = int(bundle.record["history"][-1]["step"])
@@ -239,18 +237,6 @@ class Search:
             "candidates": [each.line() for each in race.candidates],
         }
         return bundle
-
-    def _predictor(self, bundle: Bundle, *, mirrored: bool) -> Predictor:
-        device = torch.device(detect_hardware().device)
-        plan = bundle.plan
-        return Predictor(
-            bundle.model.eval().to(device),
-            plan.input_size,
-            plan.micro_batch_size,
-            device,
-            tile=plan.tile,
-            mirrored=mirrored,
-        )
 
     def _choosing_seconds(self, winner: Candidate) -> float:
         """Return how long it will take to choose how to predict: from the validations of the winner's last part."""
@@ -277,7 +263,7 @@ class Search:
         found: dict[tuple[bool, float], float] = {}
         slow = ""
         for mirrored in sides:
-            predictor = self._predictor(bundle, mirrored=mirrored)
+            predictor = predictor_of(bundle, mirrored=mirrored)
             start = time.monotonic()
             scored = self._scored(predictor, name)
             per_image = 1000 * (time.monotonic() - start) / len(self.validation)

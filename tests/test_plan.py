@@ -321,7 +321,7 @@ def classes_of(images: dict[str, int], shares: dict[str, float] | None = None) -
 def input_of(width: float | None, settings: dict[str, Any] | None = None, **options: Any) -> Plan:
     """Plan for images of 480 x 640 whose objects are typically so many pixels wide at the usual 256 x 256."""
     stats = replace(STATS, sizes=options.pop("sizes", STATS.sizes))
-    stats = replace(stats, object_width=None if width is None else width / 256, small_width=0.0)
+    stats = replace(stats, object_width=None if width is None else width / 256)
     return plan_of(settings, stats=stats, **{"encoder": VIT16, **options})
 
 
