@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from torch import Tensor
 
 from semseg_automl import saliency
 from semseg_automl.errors import ConfigError, nearest
 from semseg_automl.soft_map import SoftMap
-from semseg_automl.weighted_f import takes_two_threads, weighted_f_measure_of
+from semseg_automl.weighted_f import weighted_errors, weighted_f_measure_of
 
 __all__ = ["MEASURES", "saliency_scores"]
+
+_WEIGHTED = {"wf": 1.0, "wf_03": 0.3}  # beta2; the errors behind them take most of the time
 
 MEASURES: dict[str, Callable[[SoftMap], Tensor]] = {
     "s_measure": saliency.s_measure_of,
@@ -25,13 +26,12 @@ MEASURES: dict[str, Callable[[SoftMap], Tensor]] = {
     "e_measure_curve": saliency.e_measure_curve_of,
     "e_measure_adaptive": saliency.e_measure_adaptive_of,
     "wf": weighted_f_measure_of,
-    "wf_03": functools.partial(weighted_f_measure_of, beta2=0.3),
+    "wf_03": functools.partial(weighted_f_measure_of, beta2=_WEIGHTED["wf_03"]),
     "mae": saliency.mean_absolute_error_of,
 }
 """Name to measure; the names are those of `semseg_automl.metrics.METRICS` where that has the mean over images."""
 
 _FIELD = ("s_measure", "e_measure", "wf", "mae")
-_BESIDE = {"wf", "wf_03"}  # these take most of the time and share nothing with the others
 
 
 def saliency_scores(
@@ -67,11 +67,15 @@ def saliency_scores(
         if name not in MEASURES:
             raise ConfigError(f"unknown measure {name!r}{nearest(name, MEASURES)}; there are: {', '.join(MEASURES)}")
     image = SoftMap(prediction, mask, valid=valid, stretch=stretch)
-    beside = [name for name in measures if name in _BESIDE]
-    if not (takes_two_threads(image) and 0 < len(beside) < len(measures)):
-        return {name: MEASURES[name](image) for name in measures}
-    with ThreadPoolExecutor(1) as other:
-        waiting = {name: other.submit(MEASURES[name], image) for name in beside}
-        found = {name: MEASURES[name](image) for name in measures if name not in _BESIDE}
-        found.update({name: future.result() for name, future in waiting.items()})
+    found: dict[str, Tensor] = {}
+
+    def score_others() -> None:
+        found.update({name: MEASURES[name](image) for name in measures if name not in _WEIGHTED})
+
+    weighted = [name for name in measures if name in _WEIGHTED]
+    if weighted:
+        errors = weighted_errors(image, score_others)
+        found.update({name: errors.f_measure(_WEIGHTED[name]) for name in weighted})
+    else:
+        score_others()
     return {name: found[name] for name in measures}

@@ -9,7 +9,9 @@ does not depend on that.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from semseg_automl.soft_map import LEVELS, SoftMap
 
-__all__ = ["takes_two_threads", "weighted_f_measure", "weighted_f_measure_of"]
+__all__ = ["WeightedErrors", "takes_two_threads", "weighted_errors", "weighted_f_measure", "weighted_f_measure_of"]
 
 Numbers = NDArray[np.uint8] | NDArray[np.float64]
 
@@ -99,24 +101,62 @@ def weighted_f_measure(
 
 def weighted_f_measure_of(image: SoftMap, *, beta2: float = 1.0) -> Tensor:
     """`weighted_f_measure` of a map whose tensors are in one object; answer and errors as there."""
-    false_alarm, miss, unit = _errors(image)
-    inside, foreground = image.inside.cpu().numpy(), image.foreground
-    if image.pixels == 0:
-        figure = math.nan
-    elif foreground == 0:
-        figure = 0.0
-    else:
-        present = None if image.valid is None else image.valid.cpu().numpy()
-        if takes_two_threads(image):
-            with ThreadPoolExecutor(1) as beside:
-                half = beside.submit(_missed, miss, inside, present)
-                alarm, missed = _alarm(false_alarm, inside) / unit, half.result() / unit
+    return weighted_errors(image).f_measure(beta2)
+
+
+@dataclass(frozen=True)
+class WeightedErrors:
+    """What the weighted F-measure of an image is made of, for any beta2.
+
+    Attributes:
+        image: the map and its mask.
+        alarm: sum of the weighted errors outside the mask, in pixels; NaN for an empty mask, which has no distance.
+        missed: sum of those inside, likewise.
+    """
+
+    image: SoftMap
+    alarm: float
+    missed: float
+
+    def f_measure(self, beta2: float) -> Tensor:
+        """Return the measure as `weighted_f_measure` does."""
+        foreground = self.image.foreground
+        if self.image.pixels == 0:
+            figure = math.nan
+        elif foreground == 0:
+            figure = 0.0
         else:
-            alarm, missed = _alarm(false_alarm, inside) / unit, _missed(miss, inside, present) / unit
-        caught = foreground - missed
-        precision, recall = caught / (caught + alarm + _EPS), 1 - missed / foreground
-        figure = (1 + beta2) * recall * precision / (recall + beta2 * precision + _EPS)
-    return torch.tensor(figure, dtype=torch.float64, device=image.prediction.device)
+            caught = foreground - self.missed
+            precision, recall = caught / (caught + self.alarm + _EPS), 1 - self.missed / foreground
+            figure = (1 + beta2) * recall * precision / (recall + beta2 * precision + _EPS)
+        return torch.tensor(figure, dtype=torch.float64, device=self.image.prediction.device)
+
+
+def weighted_errors(image: SoftMap, meanwhile: Callable[[], None] = lambda: None) -> WeightedErrors:
+    """Weigh the errors of an image.
+
+    Args:
+        image: prediction and mask.
+        meanwhile: other work on the same image, done in this thread while a second one measures distances, which take
+            more than half of the time; without a second thread, done first.
+
+    Raises:
+        DataError: as for `weighted_f_measure`.
+    """
+    false_alarm, miss, unit = _errors(image)
+    inside = image.inside.cpu().numpy()
+    if image.foreground == 0:
+        meanwhile()
+        return WeightedErrors(image, math.nan, 0.0)
+    present = None if image.valid is None else image.valid.cpu().numpy()
+    if not takes_two_threads(image):
+        meanwhile()
+        return WeightedErrors(image, _alarm(false_alarm, inside) / unit, _missed(miss, inside, present) / unit)
+    with ThreadPoolExecutor(1) as beside:
+        distances = beside.submit(_alarm, false_alarm, inside)
+        meanwhile()
+        missed = _missed(miss, inside, present) / unit
+        return WeightedErrors(image, distances.result() / unit, missed)
 
 
 def takes_two_threads(image: SoftMap) -> bool:
@@ -131,19 +171,19 @@ def _errors(image: SoftMap) -> tuple[Numbers, Numbers, int]:
     of those inside, 0 elsewhere. Both are 0 at pixels that are not valid. An 8-bit prediction keeps whole levels, whose
     sums need no float64 until they are weighed.
     """
-    if image.has_levels:
-        low, high = (int(bound) for bound in image.bounds)
-        floor, top = (low, high) if image.stretch and low < high else (0, LEVELS - 1)
-        # Wraps around only where a pixel is not valid.
-        above, below = image.prediction - floor, top - image.prediction
-        unit = top - floor
-    else:
-        above, below, unit = image.values, 1 - image.values, 1
-    if image.valid is not None:
-        above = torch.where(image.valid, above, 0)
-    # A product is faster, but would keep NaN.
-    miss = below * image.inside if image.has_levels else torch.where(image.inside, below, 0)
-    return above.cpu().numpy(), miss.cpu().numpy(), unit
+    if not image.has_levels:
+        above, below = image.values, 1 - image.values
+        if image.valid is not None:
+            above = torch.where(image.valid, above, 0)
+        # A product is faster, but would keep NaN.
+        return above.cpu().numpy(), torch.where(image.inside, below, 0).cpu().numpy(), 1
+    low, high = (int(bound) for bound in image.bounds)
+    floor, top = (low, high) if image.stretch and low < high else (0, LEVELS - 1)
+    # Not by torch, whose threads go on spinning for a while, on the processor that the second half needs. Wraps around
+    # only where a pixel is not valid.
+    levels = image.prediction.cpu().numpy()
+    alarm, miss = levels - np.uint8(floor), (np.uint8(top) - levels) * image.inside.cpu().numpy()
+    return alarm if image.valid is None else alarm * image.valid.cpu().numpy(), miss, top - floor
 
 
 def _alarm(false_alarm: Numbers, inside: NDArray[np.bool_]) -> float:
