@@ -101,12 +101,17 @@ class LabelledRow:
 def labelled_rows(task: SegmentationTask, splits: Sequence[Split]) -> list[LabelledRow]:
     """Return every usable row in the classes of the task; values that it does not know count nowhere."""
     found = []
+    # Most masks of a set hold the same values.
+    alike: dict[tuple[tuple[int, ...], bool, tuple[int, ...]], dict[int, int]] = {}
     for split in splits:
         for row, seen in enumerate(split.rows):
             if seen.mask is None or seen.check is None:
                 continue
             mask = seen.mask
-            classes = class_of_values(task, mask)
+            kind = tuple(mask.counts), mask.encoding.colours, mask.encoding.palette
+            if kind not in alike:
+                alike[kind] = class_of_values(task, mask)
+            classes = alike[kind]
             pixels = [0] * task.num_classes
             ignored = 0
             for value, count in mask.counts.items():

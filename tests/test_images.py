@@ -210,6 +210,15 @@ def test_read__file_that_is_no_image__says_what_it_is(tmp_path: Path, read: Any)
             read(tmp_path / name)
 
 
+def test_read_image__file_longer_than_is_read_at_once__is_read_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3)).astype(np.uint8)
+    write_png(tmp_path / "a.png", pixels)
+    monkeypatch.setattr(images, "_AT_ONCE", 100)
+    assert np.array_equal(read_image(tmp_path / "a.png"), pixels)
+
+
 def test_read_image__name_given__stands_first_and_the_path_is_kept(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"^row 7 \(x\.jpg\), .*gone\.png: no such file"):
         read_mask(tmp_path / "gone.png", name="row 7 (x.jpg)")

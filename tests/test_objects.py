@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from semseg_automl.data import encodings
 from semseg_automl.data import objects as module
+from semseg_automl.data.encodings import count_areas, count_values, runs_of
 from semseg_automl.data.objects import Extent, count_small, extents
 
 
@@ -50,14 +52,122 @@ def test_extents__noise_and_blocks__are_those_of_each_value_alone(dtype: type, b
         assert {value: list(found) for value, found in extents(mask).items()} == expected
 
 
-def test_extents__mask_of_noise__is_measured_value_by_value_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+def each_alone(mask: NDArray[Any]) -> dict[int, tuple[Extent, ...]]:
+    """Return the extents as OpenCV's labelling of one value after the other has them."""
+    found = {}
+    for value in np.unique(mask).tolist():
+        stats = cv2.connectedComponentsWithStats((mask == value).astype(np.uint8), connectivity=8)[2][1:]
+        sizes, numbers = np.unique(stats[:, [3, 2]], axis=0, return_counts=True)
+        found[value] = tuple(Extent(*map(int, row)) for row in np.column_stack([sizes, numbers]))
+    return found
+
+
+def rings(side: int, values: int) -> NDArray[np.uint8]:
+    """Return squares within squares, each a pixel wide and of the next value."""
+    row, column = np.indices((side, side))
+    depth = np.minimum(np.minimum(row, side - 1 - row), np.minimum(column, side - 1 - column))
+    return (depth % values).astype(np.uint8)
+
+
+def dotted(height: int, width: int) -> NDArray[np.uint8]:
+    """Return single pixels, some at the border."""
+    mask = np.zeros((height, width), np.uint8)
+    mask[::4, ::12] = 1
+    return mask
+
+
+def wide(mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return a mask whose runs are long enough for outlines and runs to be looked at."""
+    return np.repeat(mask, 8, axis=1)
+
+
+ODD = {
+    "one pixel": np.full((1, 1), 3, np.uint8),
+    "one value": np.full((7, 9), 3, np.uint8),
+    "one row": np.array([[0] * 9 + [1] * 9 + [0] * 9], np.uint8),
+    "one column": np.array([[0] * 9 + [1] * 9 + [0] * 9], np.uint8).T,
+    "hole": wide(np.pad(np.zeros((3, 3), np.uint8), 2, constant_values=1)),
+    "nested": wide(rings(21, 2)),
+    "nested, three values": wide(rings(21, 3)),
+    "nested, seven values": wide(rings(29, 7)),
+    "dots": dotted(13, 49),
+    "chequered": wide(np.indices((9, 9)).sum(0).astype(np.uint8) % 2),
+    "corners": wide(np.eye(9, dtype=np.uint8)),
+    "holes at corners": wide(1 - np.eye(9, dtype=np.uint8)),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_extents__odd_masks__are_the_same_by_outlines_runs_and_labels(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mask = ODD[name]
+    expected = each_alone(mask)
+    assert extents(mask) == extents(mask, count_values(mask)) == expected
+    assert {value: module._outlined(mask == value) for value in expected} == expected
+    assert {value: module._boxes(mask == value) for value in expected} == expected
+    monkeypatch.setattr(encodings, "SHORT_RUNS", 1)
+    runs = runs_of(mask)
+    assert runs is not None
+    assert module._extents_of_runs(runs) == expected
+
+
+@pytest.mark.parametrize("values", [2, 4, 5, 9])
+def test_extents__random_areas__are_the_same_by_outlines_runs_and_labels(values: int) -> None:
+    rng = np.random.default_rng(values)
+    for _ in range(25):
+        height, width = rng.integers(1, 12, 2)
+        tall, long = rng.integers(1, 5), rng.integers(9, 14)
+        mask = np.kron(rng.integers(0, values, (height, width)), np.ones((tall, long), np.int64)).astype(np.uint8)
+        runs = runs_of(mask)
+        assert runs is not None
+        expected = each_alone(mask)
+        assert extents(mask, count_values(mask), runs) == expected
+        assert module._extents_of_runs(runs) == expected
+        assert {value: module._outlined(mask == value) for value in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "unused"), [(2, ("_boxes", "_extents_of_runs")), (9, ("_boxes", "_outlined")), (0, ("_outlined",))]
+)
+def test_extents__few_values_many_or_noise__are_measured_each_in_its_way(
+    values: int, unused: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in unused:
+        monkeypatch.setattr(module, name, None)
+    rng = np.random.default_rng(0)
+    areas = np.kron(rng.integers(0, values or 1, (6, 6)), np.ones((9, 9), np.int64)).astype(np.uint8)
+    mask = areas if values else rng.integers(0, 2, (40, 40)).astype(np.uint8)
+    assert extents(mask) == each_alone(mask)
+
+
+def test_extents__more_runs_than_memory_is_for__are_measured_value_by_value(monkeypatch: pytest.MonkeyPatch) -> None:
     mask = np.kron(np.random.default_rng(0).integers(0, 3, (6, 6)), np.ones((9, 9), np.int64)).astype(np.uint8)
-    by_runs = extents(mask)
-    monkeypatch.setattr(module, "_joined", None)
-    with pytest.raises(TypeError):
-        extents(mask)
-    monkeypatch.setattr(module, "MOST_RUNS", 3)
-    assert extents(mask) == by_runs
+    monkeypatch.setattr(encodings, "MOST_RUNS", 3)
+    monkeypatch.setattr(module, "_outlined", None)
+    assert extents(mask) == each_alone(mask)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32])
+def test_runs__random_areas__are_counted_as_pixels_are(dtype: type) -> None:
+    rng = np.random.default_rng(3)
+    for values in (1, 2, 3, 9) * 8:
+        height, width = rng.integers(1, 9, 2)
+        small = rng.integers(-2 if dtype is np.int32 else 0, values, (height, width))
+        mask: NDArray[Any] = np.kron(small, np.ones((rng.integers(1, 4), rng.integers(8, 12)), np.int64)).astype(dtype)
+        runs = runs_of(mask)
+        assert runs is not None
+        numbers = dict(zip(*(found.tolist() for found in np.unique(mask, return_counts=True)), strict=True))
+        assert runs.counts() == count_values(mask) == numbers
+        assert runs.areas() == count_areas(mask)
+
+
+def test_count_values__few_pixels_of_other_values__are_not_overlooked() -> None:
+    mask = np.zeros((100, 100), np.uint8)
+    mask[50:] = 9
+    assert count_values(mask) == {0: 5000, 9: 5000}
+    mask[10, 11] = 4
+    assert count_values(mask) == {0: 4999, 4: 1, 9: 5000}
 
 
 def test_count_small__object_of_the_limit__is_not_small() -> None:

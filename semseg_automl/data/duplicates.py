@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.fft import dctn
 
+from semseg_automl.data.encodings import Runs, runs_of
+
 THUMBNAIL = 32
 """Side of the small pictures that are compared, in pixels."""
 
@@ -37,7 +39,8 @@ the copies (JPEG of quality 20 and up, sides from a third to 1.5, brighter by 25
 FLAT = 2.0
 """Standard deviation in grey levels below which a picture has nothing to compare."""
 
-_BLOCK = 256
+_BLOCK = 2**16
+"""Pairs that are looked at together."""
 
 
 class Copy(NamedTuple):
@@ -50,8 +53,12 @@ class Copy(NamedTuple):
     """Whether it is mirrored or turned by a quarter."""
 
 
-def pixel_digest(pixels: NDArray[Any]) -> str:
+def pixel_digest(pixels: NDArray[Any], runs: Runs | None = None) -> str:
     """Return a digest of pixels ``(H, W)`` or ``(H, W, 3)``; grey stored in three equal channels counts as one.
+
+    Args:
+        pixels: Of an image or a mask.
+        runs: Those of pixels ``(H, W)``, where the caller has looked for them.
 
     >>> grey = np.arange(6, dtype=np.uint8).reshape(2, 3)
     >>> pixel_digest(grey) == pixel_digest(np.repeat(grey[:, :, None], 3, axis=2))
@@ -60,7 +67,12 @@ def pixel_digest(pixels: NDArray[Any]) -> str:
     if pixels.ndim == 3 and all(np.array_equal(pixels[:, :, 0], pixels[:, :, other]) for other in (1, 2)):
         pixels = pixels[:, :, 0]
     digest = hashlib.blake2b(f"{pixels.shape} {pixels.dtype.str}".encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(pixels).data)
+    runs = runs_of(pixels) if runs is None and pixels.ndim == 2 and pixels.size else runs
+    if runs is None:
+        digest.update(np.ascontiguousarray(pixels).data)
+    else:  # as good as the pixels, and far less to go through
+        digest.update(runs.starts.data)
+        digest.update(runs.value.data)
     return digest.hexdigest()
 
 
@@ -91,7 +103,8 @@ def perceptual_hashes(waves: NDArray[np.float32]) -> NDArray[np.uint64]:
     Benchmarking of Perceptual Image Hash Functions", 2010, 3.2.1); the mean brightness is left out.
     """
     lowest = waves[:, :HASH_SIDE, :HASH_SIDE].reshape(len(waves), HASH_SIDE**2)
-    bits = lowest > np.median(lowest[:, 1:], axis=1, keepdims=True)
+    middle = (HASH_SIDE**2 - 1) // 2
+    bits = lowest > np.partition(lowest[:, 1:], middle, axis=1)[:, middle : middle + 1]
     bits[:, 0] = False
     weights = np.uint64(1) << np.arange(HASH_SIDE**2, dtype=np.uint64)
     hashes: NDArray[np.uint64] = (bits * weights).sum(axis=1, dtype=np.uint64)
@@ -118,29 +131,29 @@ def find_copies(pictures: NDArray[np.uint8], groups: NDArray[np.integer[Any]]) -
     looks = [(perceptual_hashes(seen), _directions(seen)) for seen in _turned(waves)]
     copies: list[Copy] = []
     pairs = 0
-    for start in range(0, len(pictures), _BLOCK):
-        rows = np.arange(start, min(start + _BLOCK, len(pictures)))
+    step = max(1, _BLOCK // len(pictures))
+    for start in range(0, len(pictures), step):
+        rows = np.arange(start, min(start + step, len(pictures)))
         before = (np.arange(rows[-1] + 1)[None] < rows[:, None]) & told[rows][:, None] & told[None, : rows[-1] + 1]
         best = np.full(before.shape, -1.0, dtype=np.float32)
         turned = np.zeros(before.shape, dtype=np.bool_)
         for look, (seen_hashes, seen) in enumerate(looks):
             near = np.bitwise_count(seen_hashes[rows][:, None] ^ hashes[None, : rows[-1] + 1]) <= MAX_DISTANCE
             near &= before
-            some = near.any(axis=1)
-            if not some.any():
-                continue
-            similar = np.where(near[some], seen[rows[some]] @ directions[: rows[-1] + 1].T, -1.0)
-            turned[some] = np.where(similar > best[some], look > 0, turned[some])
-            best[some] = np.maximum(similar, best[some])
+            # Of few pairs; and a product of matrices would start threads, which takes longer where others work.
+            later, earlier = np.divmod(np.flatnonzero(near), near.shape[1])
+            similar = np.einsum("ij,ij->i", seen[rows[later]], directions[earlier])
+            better = similar > best[later, earlier]
+            turned[later[better], earlier[better]] = look > 0
+            best[later[better], earlier[better]] = similar[better]
         pairs += int((best >= MIN_SIMILARITY).sum())
         own = groups[rows][:, None] == groups[None, : rows[-1] + 1]
         for wanted in (own, ~own):
             found = np.where(wanted, best, -1.0)
             nearest = found.argmax(axis=1)
-            for row, earlier in zip(range(len(rows)), nearest.tolist(), strict=True):
-                if found[row, earlier] >= MIN_SIMILARITY:
-                    similarity, flipped = float(found[row, earlier]), bool(turned[row, earlier])
-                    copies.append(Copy(int(rows[row]), earlier, similarity, flipped))
+            for row in np.flatnonzero(found.max(axis=1) >= MIN_SIMILARITY).tolist():
+                first = int(nearest[row])
+                copies.append(Copy(int(rows[row]), first, float(found[row, first]), bool(turned[row, first])))
     return copies, pairs
 
 

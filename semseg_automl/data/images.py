@@ -62,6 +62,8 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 """The suffixes, in lower case, by which a folder is searched for images."""
 
 _EXIF_ORIENTATION = 0x0112
+_AT_ONCE = 2**20
+"""Bytes that are read before it is known whether they are an .npy's, which may be far larger than memory."""
 _PNG_GREY = 0
 _REDUCED = {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}
 
@@ -100,14 +102,11 @@ def read_image(
         _check_pixels(source.size, name)
         all_of_them = channels is not None and source.mode in PLAIN_MODES
         pixels = pixels_of(upright(source, name), name, as_stored=all_of_them)
-    elif _is_npy(source, name):
-        pixels = read_npy(source, name)
     else:
-        data, header = _open(source, name)
-        if isinstance(header, Tiff) and header.many:
-            return _rgb(orient(decode_many(header, data, channels, name), orientation(header, name)), name)
-        decode = decode_usual if channels is None else decode_all
-        pixels = orient(decode(header, data, name), orientation(header, name))
+        opened = _open(source, name)
+        if opened is not None:
+            return _decoded(*opened, channels, name)
+        pixels = read_npy(source, name)
     return _rgb(pixels if channels is None else choose(pixels, channels, name), name)
 
 
@@ -135,16 +134,19 @@ def glance(
         DataError: As in :func:`read_image`.
     """
     called = _name(source, name)
-    if channels is None and isinstance(source, (str, os.PathLike)) and not _is_npy(source, called):
-        data, header = _open(source, called)
-        scale = next((s for s in (8, 4, 2) if min(header.size) >= s * side), 1)
-        if isinstance(header, JpegImageFile) and header.mode in ("L", "RGB") and scale > 1:
-            turned = orientation(header, called)
-            small = decode_opencv(data, _REDUCED[scale] | cv2.IMREAD_IGNORE_ORIENTATION, called)
-            width, height = header.size if turned < 5 else header.size[::-1]
-            coded = bytes([turned]) + completeness.jpeg_pixel_data(data)
-            return Glance((height, width), _rgb(orient(small[:, :, ::-1], turned), called), coded)
-    pixels = read_image(source, name=name, channels=channels)
+    opened = _open(source, called) if isinstance(source, (str, os.PathLike)) else None
+    if opened is None:
+        pixels = read_image(source, name=name, channels=channels)
+        return Glance((pixels.shape[0], pixels.shape[1]), pixels)
+    data, header = opened
+    scale = next((s for s in (8, 4, 2) if min(header.size) >= s * side), 1)
+    if channels is None and isinstance(header, JpegImageFile) and header.mode in ("L", "RGB") and scale > 1:
+        turned = orientation(header, called)
+        small = decode_opencv(data, _REDUCED[scale] | cv2.IMREAD_IGNORE_ORIENTATION, called)
+        width, height = header.size if turned < 5 else header.size[::-1]
+        coded = bytes([turned]) + completeness.jpeg_pixel_data(data)
+        return Glance((height, width), _rgb(orient(cv2.cvtColor(small, cv2.COLOR_BGR2RGB), turned), called), coded)
+    pixels = _decoded(data, header, channels, called)
     return Glance((pixels.shape[0], pixels.shape[1]), pixels)
 
 
@@ -190,10 +192,12 @@ def read_stored_mask(source: ImageSource, *, name: str | None = None) -> StoredM
     elif isinstance(source, DrawnMask):
         _check_pixels(source.size[::-1], name)
         pixels = source.draw()
-    elif isinstance(source, np.ndarray) or _is_npy(source, name):
-        pixels = source if isinstance(source, np.ndarray) else read_npy(source, name)
+    elif isinstance(source, np.ndarray):
+        pixels = source
+    elif (opened := _open(source, name)) is None:
+        pixels = read_npy(source, name)
     else:
-        data, header = _open(source, name)
+        data, header = opened
         if isinstance(header, Tiff) and header.many:
             raise DataError(f"{name}: a TIFF of {header.many} channels as a mask; write one number or colour per pixel")
         if is_deep(header, data):
@@ -322,7 +326,8 @@ def _name(source: ImageSource, name: str | None) -> str:
     raise DataError(f"{type(source).__name__} is not an image; pass a path, a NumPy array or a Pillow image")
 
 
-def _check_plain_file(path: str | os.PathLike[str], name: str) -> None:
+def _check_plain_file(path: str | os.PathLike[str], name: str) -> int:
+    """Return the bytes of a file that can be opened, more than none."""
     try:
         found = os.stat(path)
     except FileNotFoundError as error:
@@ -335,15 +340,32 @@ def _check_plain_file(path: str | os.PathLike[str], name: str) -> None:
         raise DataError(f"{name}: is a device or a pipe; give the path of an image file")
     if found.st_size == 0:
         raise DataError(f"{name}: is empty (0 bytes); copy the file again or remove the row")
+    return found.st_size
 
 
-def _open(path: str | os.PathLike[str], name: str) -> tuple[bytes, ImageFile]:
-    """Read a file and its header, and check what can be checked before decoding."""
-    _check_plain_file(path, name)
+def _bytes_of(path: str | os.PathLike[str], name: str) -> bytes | None:
+    """Return what is in a file; None for an .npy, which is read another way."""
+    size = _check_plain_file(path, name)
+    # Plain calls of the system, as few as can be: in each of them another thread takes Python's lock, and to get it
+    # back takes longer than the call.
     try:
-        data = Path(path).read_bytes()
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        try:
+            data = os.read(descriptor, min(size, _AT_ONCE))
+        finally:
+            os.close(descriptor)
+        if data.startswith(NPY_START):
+            return None
+        return data if len(data) == size else Path(path).read_bytes()
     except OSError as error:
         raise DataError(f"{name}: cannot be read ({error.strerror}); check its permissions and the disk") from error
+
+
+def _open(path: str | os.PathLike[str], name: str) -> tuple[bytes, ImageFile] | None:
+    """Read a file and its header, and check what can be checked before decoding; None for an .npy."""
+    data = _bytes_of(path, name)
+    if data is None:
+        return None
     if data.startswith(completeness.PNG_START) and (flaw := completeness.png_flaw(data)):
         raise damaged(name, flaw)
     header = open_header(io.BytesIO(data), name)
@@ -351,6 +373,15 @@ def _open(path: str | os.PathLike[str], name: str) -> tuple[bytes, ImageFile]:
     if flaw := amount_flaw(header, data):
         raise damaged(name, flaw)
     return data, header
+
+
+def _decoded(data: bytes, header: ImageFile, channels: Channels | None, name: str) -> NDArray[np.uint8]:
+    """Return the pixels of an opened image as `read_image` does."""
+    if isinstance(header, Tiff) and header.many:
+        return _rgb(orient(decode_many(header, data, channels, name), orientation(header, name)), name)
+    decode = decode_usual if channels is None else decode_all
+    pixels = orient(decode(header, data, name), orientation(header, name))
+    return _rgb(pixels if channels is None else choose(pixels, channels, name), name)
 
 
 def _check_pixels(size: tuple[int, int], name: str) -> None:

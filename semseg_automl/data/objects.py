@@ -5,7 +5,8 @@ Not here: which values are classes (:mod:`semseg_automl.task`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 import cv2
@@ -14,18 +15,15 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
-from semseg_automl.data.encodings import count_values
+from semseg_automl.data.encodings import Runs, count_values, runs_of
 
 SMALL = 4.0
 """Pixels at the model's input below which an object is small: scores are computed on every fourth pixel, so it is
 less than one of them."""
 
 
-MOST_RUNS = 2**20
-"""Runs of equal pixels, some 200 bytes each, beyond which a mask is looked at value by value."""
-
-SHORT_RUNS = 8
-"""Mean pixels of a run below which that is also faster."""
+FEW_VALUES = 4
+"""Values up to which it takes less time to follow their outlines than to join runs."""
 
 
 class Extent(NamedTuple):
@@ -36,77 +34,80 @@ class Extent(NamedTuple):
     number: int
 
 
-def extents(values: NDArray[Any]) -> dict[int, tuple[Extent, ...]]:
+def extents(
+    values: NDArray[Any], known: Collection[int] | None = None, runs: Runs | None = None
+) -> dict[int, tuple[Extent, ...]]:
     """Return the sizes of the connected areas of each value of a mask ``(H, W)``, in pixels.
 
     Pixels that touch at a corner belong together.
 
+    Args:
+        values: The mask.
+        known: The values that are in it, where the caller has counted them.
+        runs: Its runs, where the caller has looked for them.
+
     >>> extents(np.array([[1, 0, 0], [0, 1, 0], [0, 0, 0]], np.uint8))[1]
     (Extent(height=2, width=2, number=1),)
     """
-    # Row by row in runs of one value: all values at once, and of what counts there are hundreds of times fewer than
-    # pixels. An image library would look at all pixels once for each value.
-    height, width = values.shape
-    starts_run = np.ones((height, width), np.bool_)
-    np.not_equal(values[:, 1:], values[:, :-1], out=starts_run[:, 1:])
-    starts = np.flatnonzero(starts_run)
-    if len(starts) > min(MOST_RUNS, values.size // SHORT_RUNS):
-        return _extents_by_value(values)
-    row, first = np.divmod(starts, width)
-    last = np.append(starts[1:], height * width) - 1 - row * width
-    value = values.reshape(-1)[starts]
-    label = _joined(row, first, last, value, width)
-    order = np.argsort(label, kind="stable")
-    groups = np.flatnonzero(np.append(True, label[order][1:] != label[order][:-1]))
-    high = row[order][np.append(groups[1:], len(order)) - 1] - row[order][groups] + 1  # runs lie in order of their rows
-    wide = np.maximum.reduceat(last[order], groups) - np.minimum.reduceat(first[order], groups) + 1
+    known = count_values(values) if known is None else known
+    runs = runs_of(values) if runs is None else runs
+    if runs is not None and len(known) > FEW_VALUES:
+        return _extents_of_runs(runs)
+    measure = _boxes if runs is None else _outlined
+    return {value: measure(values == value) for value in sorted(known)}
+
+
+def _outlined(of_value: NDArray[np.bool_]) -> tuple[Extent, ...]:
+    """Return the sizes of the connected areas of what is true, from their outlines.
+
+    An outline takes memory for its corners, so that this is not for noise.
+    """
+    # Outlines of holes have a parent; areas within the holes have none.
+    outlines, tree = cv2.findContours(of_value.view(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    parents = tree[0, :, 3].tolist()
+    boxes = [cv2.boundingRect(line) for line, parent in zip(outlines, parents, strict=True) if parent < 0]
+    numbers = Counter((high, wide) for _, _, wide, high in boxes)
+    return tuple(Extent(high, wide, number) for (high, wide), number in sorted(numbers.items()))
+
+
+def _boxes(of_value: NDArray[np.bool_]) -> tuple[Extent, ...]:
+    """Do as `_outlined` does with memory and time that do not grow with the number of areas, for noise."""
+    pixels = of_value.view(np.uint8)
+    left, top, width, height = cv2.boundingRect(pixels)
+    part = pixels[top : top + height, left : left + width]
+    stats = cv2.connectedComponentsWithStats(part, connectivity=8)[2][1:]  # the first is all other values
+    sizes, numbers = np.unique(stats[:, [cv2.CC_STAT_HEIGHT, cv2.CC_STAT_WIDTH]], axis=0, return_counts=True)
+    pairs = zip(sizes.tolist(), numbers.tolist(), strict=True)
+    return tuple(Extent(high, wide, number) for (high, wide), number in pairs)
+
+
+def _extents_of_runs(runs: Runs) -> dict[int, tuple[Extent, ...]]:
+    """Do as `extents` does for all values together; to follow outlines takes time for each of them."""
+    height, width = runs.shape
+    above, below = runs.pairs
+    number = len(runs.starts)
+    # The rows of the matrix are in order already; its constructor would sort pairs of indices.
+    ends = np.zeros(number + 1, np.int32)
+    np.cumsum(np.bincount(above, minlength=number), out=ends[1:])
+    links = csr_array((np.ones(len(below)), below.astype(np.int32), ends), shape=(number, number))
+    areas, label = connected_components(links, connection="weak")
+    # Runs lie in order of their rows, so that of several assignments to a place the last one has the last row.
+    value, top, bottom = (np.zeros(areas, np.int64) for _ in range(3))
+    value[label] = runs.value
+    top[label[::-1]] = runs.row[::-1]
+    bottom[label] = runs.row
+    left, right = np.full(areas, width), np.zeros(areas, np.int64)
+    np.minimum.at(left, label, runs.first)
+    np.maximum.at(right, label, runs.last)
     # One number for value and sides: NumPy sorts numbers faster than triples.
-    kinds, numbers = np.unique(
-        (value[order][groups].astype(np.int64) * (height + 1) + high) * (width + 1) + wide, return_counts=True
-    )
+    high, wide = bottom - top + 1, right - left + 1
+    kinds, numbers = np.unique((value * (height + 1) + high) * (width + 1) + wide, return_counts=True)
     found: dict[int, list[Extent]] = {}
-    for kind, number in zip(kinds.tolist(), numbers.tolist(), strict=True):
+    for kind, times in zip(kinds.tolist(), numbers.tolist(), strict=True):
         side, across = divmod(kind, width + 1)
         of_value, down = divmod(side, height + 1)
-        found.setdefault(of_value, []).append(Extent(down, across, number))
+        found.setdefault(of_value, []).append(Extent(down, across, times))
     return {each: tuple(sizes) for each, sizes in found.items()}
-
-
-def _extents_by_value(values: NDArray[Any]) -> dict[int, tuple[Extent, ...]]:
-    """Do as `extents` does with memory and time that do not grow with the number of runs, for masks that are noise."""
-    found: dict[int, tuple[Extent, ...]] = {}
-    for value in count_values(values):
-        of_value = (values == value).astype(np.uint8)
-        left, top, width, height = cv2.boundingRect(of_value)
-        part = of_value[top : top + height, left : left + width]
-        stats = cv2.connectedComponentsWithStats(part, connectivity=8)[2][1:]  # the first is all other values
-        pairs = stats[:, [cv2.CC_STAT_HEIGHT, cv2.CC_STAT_WIDTH]]
-        sizes, numbers = np.unique(pairs, axis=0, return_counts=True)
-        found[value] = tuple(
-            Extent(high, wide, number) for (high, wide), number in zip(sizes.tolist(), numbers.tolist(), strict=True)
-        )
-    return found
-
-
-def _joined(
-    row: NDArray[np.int64], first: NDArray[np.int64], last: NDArray[np.int64], value: NDArray[Any], width: int
-) -> NDArray[np.int32]:
-    """Return for each run the number of the area that it belongs to."""
-    # Rows side by side with a gap, so that one search over all runs finds neighbours in the next row only.
-    apart = width + 2
-    begin, end = row * apart + first, row * apart + last
-    low = np.searchsorted(end, begin + apart - 1, side="left")
-    high = np.searchsorted(begin, end + apart + 1, side="right")
-    numbers = np.maximum(high - low, 0)
-    above = np.repeat(np.arange(len(row)), numbers)
-    below = np.arange(len(above)) - np.repeat(np.cumsum(numbers) - numbers, numbers) + np.repeat(low, numbers)
-    same = value[above] == value[below]
-    # The rows of the matrix are in order already; its constructor would sort pairs of indices.
-    ends = np.concatenate(([0], np.cumsum(same)))[np.concatenate(([0], np.cumsum(numbers)))]
-    shape = len(row), len(row)
-    links = csr_array((np.ones(int(ends[-1])), below[same].astype(np.int32), ends.astype(np.int32)), shape=shape)
-    label: NDArray[np.int32] = connected_components(links, connection="weak")[1]
-    return label
 
 
 def count_small(

@@ -12,31 +12,30 @@ import base64
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from semseg_automl.data.channels import Channels
 from semseg_automl.data.checks import MOST_VALUES, RowCheck, each_row, size_mismatch
-from semseg_automl.data.colours import pack
 from semseg_automl.data.duplicates import THUMBNAIL, bytes_digest, pixel_digest, small_picture
-from semseg_automl.data.encodings import MaskEncoding, StoredMask
+from semseg_automl.data.encodings import MaskEncoding, runs_of
 from semseg_automl.data.images import ImageSource, glance, read_stored_mask
 from semseg_automl.data.objects import Extent, extents
 from semseg_automl.data.table import MaskTable
 from semseg_automl.errors import DataError
-from semseg_automl.files import replaced
 
-FORMAT = 2
+FORMAT = 3
 """Of the notes; others are ignored."""
 
 MAX_NOTES = 256 * 2**20
 """Bytes of a file of notes; larger ones are not read. An image takes about 2,000."""
 
-Facts = TypeVar("Facts", "ImageFacts", "MaskFacts")
+MASK = "mask"
+"""What is noted of a file as a mask; as an image, the channels count."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ class RowSurvey:
     flaws: tuple[tuple[str, str], ...] = ()
     """Kind and message of each."""
 
-    @property
+    @cached_property
     def check(self) -> RowCheck | None:
         """What the row adds to the task; None for a row that cannot be used."""
         if self.flaws or self.image is None or self.mask is None:
@@ -147,7 +146,8 @@ class FileNotes:
     trouble: str = ""
     """Why notes could not be read or written; empty where all went well."""
     _known: dict[str, dict[str, Any]] = field(default_factory=dict)
-    _changed: set[str] = field(default_factory=set)
+    _changed: dict[str, set[str]] = field(default_factory=dict)
+    """The files of each folder that were seen and of which something is new."""
 
     def open(self, table: MaskTable) -> None:
         """Read the notes on the folders of a table."""
@@ -169,17 +169,20 @@ class FileNotes:
         entry = entries.get(name)
         kept = entry if isinstance(entry, dict) and entry.get("stamp") == stamp else {"stamp": stamp}
         entries[name] = {**kept, key: facts}
-        self._changed.add(folder)
+        self._changed.setdefault(folder, set()).add(name)
 
     def close(self) -> None:
         """Write what is new, each file of notes whole or not at all; files that are gone are forgotten."""
-        for folder in sorted(self._changed):
-            files = {name: e for name, e in self._known[folder].items() if os.path.lexists(os.path.join(folder, name))}
-            target = self._path(folder)
+        for folder, seen in sorted(self._changed.items()):
+            files = {
+                name: entry
+                for name, entry in self._known[folder].items()
+                if name in seen or os.path.lexists(os.path.join(folder, name))
+            }
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                with replaced(target) as part:
-                    part.write_text(json.dumps({"format": FORMAT, "folder": folder, "files": files}), encoding="ascii")
+                text = json.dumps({"format": FORMAT, "folder": folder, "files": files})
+                _write(self._path(folder), text.encode("ascii"))
             except OSError as error:
                 self._complain(f"the notes on checked files cannot be written to {self.folder} ({error.strerror})")
         self._changed.clear()
@@ -225,49 +228,103 @@ def survey_table(
     """
     if notes is not None:
         notes.open(table)
-    return each_row(lambda row: _survey_row(table, row, notes), len(table), workers=workers, progress=progress)
+    known: dict[_File, ImageFacts | MaskFacts | _Flaw] = {}
+    stamps: dict[_File, list[int] | None] = {}
+    first: dict[_File, int] = {}
+    for row in range(len(table)):
+        for file in _files(table, row):
+            if file in stamps:
+                continue
+            stamps[file] = _stamp(file.source) if notes is not None and isinstance(file.source, str) else None
+            facts = _recalled(file, stamps[file], notes)
+            if facts is None:
+                first[file] = row
+            else:
+                known[file] = facts
+    new = list(first)
+
+    looked = each_row(
+        lambda position: _look(table, first[new[position]], new[position]), len(new), workers=workers, progress=progress
+    )
+    for file, found in zip(new, looked, strict=True):
+        known[file], stamp = found, stamps[file]
+        if notes is not None and stamp is not None and isinstance(file.source, str) and not isinstance(found, _Flaw):
+            notes.keep(file.source, file.key, stamp, found.to_json())
+    return [_row_survey(table, row, known, first) for row in range(len(table))]
 
 
-def _survey_row(table: MaskTable, row: int, notes: FileNotes | None) -> RowSurvey:
-    name = table.row_name(row)
-    flaws: list[tuple[str, str]] = []
-    image = mask = None
-    source = table.images[row]
-    try:
-        channels = table.channels
-        key = "image" if channels is None else f"channels {channels} of the image"
-        image = _facts(source, key, lambda: _look_at_image(source, name, channels), ImageFacts, notes)
-    except DataError as error:
-        flaws.append((_kind(source), str(error)))
-    if table.masks is not None:
-        label = table.masks[row]
+class _File(NamedTuple):
+    """An image or a mask of a table."""
+
+    key: str
+    """As what it is read."""
+    source: str | int
+    """Its path, or the row of one that is no file."""
+
+
+class _Flaw(NamedTuple):
+    """Why a file cannot be read."""
+
+    kind: str
+    message: str
+
+
+def _files(table: MaskTable, row: int) -> list[_File]:
+    keys = ["image" if table.channels is None else f"channels {table.channels} of the image", MASK]
+    sources = [table.images[row], *(() if table.masks is None else (table.masks[row],))]
+    return [
+        _File(key, os.fspath(source) if isinstance(source, (str, os.PathLike)) else row)
+        for key, source in zip(keys, sources, strict=False)
+    ]
+
+
+def _recalled(file: _File, stamp: list[int] | None, notes: FileNotes | None) -> ImageFacts | MaskFacts | None:
+    """Return what notes say of a file that has not changed."""
+    if notes is None or stamp is None or not isinstance(file.source, str):
+        return None
+    known = notes.look_up(file.source, file.key, stamp)
+    if known is not None:
         try:
-            mask = _facts(label, "mask", lambda: _look_at_mask(label, name), MaskFacts, notes)
-        except DataError as error:
-            flaws.append((_kind(label), str(error)))
+            return MaskFacts.from_json(known) if file.key == MASK else ImageFacts.from_json(known)
+        except (KeyError, TypeError, ValueError, OverflowError):
+            notes.damaged()
+    return None
+
+
+def _look(table: MaskTable, row: int, file: _File) -> ImageFacts | MaskFacts | _Flaw:
+    """Open a file of a row."""
+    name = table.row_name(row)
+    source = table.masks[row] if file.key == MASK and table.masks is not None else table.images[row]
+    try:
+        return _look_at_mask(source, name) if file.key == MASK else _look_at_image(source, name, table.channels)
+    except DataError as error:
+        return _Flaw(_kind(source), str(error))
+
+
+def _row_survey(
+    table: MaskTable,
+    row: int,
+    known: Mapping[_File, ImageFacts | MaskFacts | _Flaw],
+    first: Mapping[_File, int],
+) -> RowSurvey:
+    flaws: list[tuple[str, str]] = []
+    image: ImageFacts | None = None
+    mask: MaskFacts | None = None
+    for file in _files(table, row):
+        found = known[file]
+        if isinstance(found, _Flaw) and first[file] != row:
+            found = _look(table, row, file)  # the message is to name this row
+        if isinstance(found, _Flaw):
+            flaws.append((found.kind, found.message))
+        elif isinstance(found, ImageFacts):
+            image = found
+        else:
+            mask = found
     if image is not None and mask is not None:
         wrong = size_mismatch(table, row, image.size, mask.size)
         if wrong is not None:
             flaws.append(("size mismatch", wrong))
     return RowSurvey(image, mask, tuple(flaws))
-
-
-def _facts(
-    source: ImageSource, key: str, look: Callable[[], Facts], kind: type[Facts], notes: FileNotes | None
-) -> Facts:
-    """Return what is in a file, from the notes where it has not changed."""
-    stamp = None if notes is None or not isinstance(source, (str, os.PathLike)) else _stamp(source)
-    if notes is None or stamp is None or not isinstance(source, (str, os.PathLike)):
-        return look()
-    known = notes.look_up(os.fspath(source), key, stamp)
-    if known is not None:
-        try:
-            return kind.from_json(known)
-        except (KeyError, TypeError, ValueError, OverflowError):
-            notes.damaged()
-    found = look()
-    notes.keep(os.fspath(source), key, stamp, found.to_json())
-    return found
 
 
 def _look_at_image(source: ImageSource, name: str, channels: Channels | None) -> ImageFacts:
@@ -278,17 +335,23 @@ def _look_at_image(source: ImageSource, name: str, channels: Channels | None) ->
 
 def _look_at_mask(source: ImageSource, name: str) -> MaskFacts:
     stored = read_stored_mask(source, name=name)
-    counts, encoding = stored.survey()
+    counts, encoding, runs = stored.survey_runs()
+    grey = stored.pixels.ndim == 2
+    runs = runs_of(stored.pixels) if runs is None and grey else runs
     few = len(counts) <= MOST_VALUES and not encoding.unlisted
+    objects = extents(stored.values(), counts, runs) if few else None
     size = (stored.pixels.shape[0], stored.pixels.shape[1])
-    return MaskFacts(
-        size, pixel_digest(stored.pixels), counts, encoding, extents(_stored_values(stored)) if few else None
-    )
+    return MaskFacts(size, pixel_digest(stored.pixels, runs if grey else None), counts, encoding, objects)
 
 
-def _stored_values(stored: StoredMask) -> np.ndarray[Any, Any]:
-    """Return the values as they are counted: numbers, or packed colours."""
-    return pack(stored.pixels.astype(np.uint8, copy=False)) if stored.pixels.ndim == 3 else stored.pixels
+def _write(path: Path, data: bytes) -> None:
+    """Replace a file, whole or not at all; notes that a loss of power damages are told and made anew, so none waits."""
+    part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    try:
+        part.write_bytes(data)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _kind(source: ImageSource) -> str:
