@@ -22,11 +22,18 @@ import torch
 from torch import Tensor, distributed
 
 from semseg_automl.errors import ConfigError, UnsupportedCombination
+from semseg_automl.sharing import FrozenSharing
 from semseg_automl.third_party import lightning
 
-STRATEGIES = {"ddp": None, "ddp_find_unused_parameters_true": True, "ddp_find_unused_parameters_false": False}
-"""Names of Lightning's that `fit` takes: whether parameters without a gradient are looked for in every step, None for
-where the network has such. Not looking for them is faster, and an error in the first step if there are any."""
+STRATEGIES = {
+    "ddp": None,
+    "ddp_find_unused_parameters_true": True,
+    "ddp_find_unused_parameters_false": False,
+    "fsdp": None,
+}
+"""Names that `fit` takes: whether parameters without a gradient are looked for in every step, None for where the
+network has such. Not looking for them is faster, and an error in the first step if there are any. ``fsdp`` is
+:class:`semseg_automl.sharing.FrozenSharing`, not Lightning's, which would share out what trains, too."""
 
 # Buffers are not broadcast: that happens in each forward pass, of which validation has not the same number in each
 # process. The only ones that change, those of batch norms, are averaged before each validation. torch 2.13 has a new
@@ -92,6 +99,11 @@ def arrange(options: Mapping[str, Any]) -> tuple[Processes, dict[str, Any]]:
     if processes.are_several and strategy == "auto":
         arranged["strategy"] = "ddp"
         processes, arranged["plugins"] = _probe(arranged)
+    if processes.are_several and FrozenSharing.used:
+        raise ConfigError(
+            "these processes have trained with strategy='fsdp', after which they cannot come together again. Fit "
+            "again in a new run of the script, or with strategy='ddp' throughout."
+        )
     return processes, arranged
 
 
@@ -111,7 +123,8 @@ def built_strategy(asked: Any, *, some_unused: bool) -> Any:
     if isinstance(asked, str) and asked in STRATEGIES:
         search = STRATEGIES[asked]
         buffers: dict[str, Any] = {_BUFFERS: False}
-        return known.DDPStrategy(find_unused_parameters=some_unused if search is None else search, **buffers)
+        kind = FrozenSharing if asked == "fsdp" else known.DDPStrategy
+        return kind(find_unused_parameters=some_unused if search is None else search, **buffers)
     if type(asked) is known.DDPStrategy and asked._start_method == "popen":
         given = asked._ddp_kwargs
         if any(given.get(name) for name in (_BUFFERS, "broadcast_buffers")):
@@ -123,7 +136,7 @@ def built_strategy(asked: Any, *, some_unused: bool) -> Any:
             given[_BUFFERS] = False
         return asked
     name = asked if isinstance(asked, str) else getattr(asked, "_start_method", type(asked).__name__)
-    why = "shared-out weights are not supported: the averaged weights and the saved folder need them whole"
+    why = "what trains must be whole in each process, for averaged weights and the saved folder"
     if any(word in str(name) for word in ("spawn", "fork", "notebook")):
         why = "a forked or spawned process ends with training and cannot hand the fitted segmentor back"
     elif isinstance(asked, str) and asked not in known.StrategyRegistry:

@@ -37,6 +37,7 @@ from semseg_automl.peft.usage import expert_layers
 from semseg_automl.plan import Plan
 from semseg_automl.processes import ALONE, Processes, built_strategy
 from semseg_automl.resume import SUFFIX, StateIO, StateKeeper, prepare_state
+from semseg_automl.sharing import companions
 from semseg_automl.slices import Slice
 from semseg_automl.soup import Weights
 from semseg_automl.task import SegmentationTask
@@ -237,6 +238,11 @@ class Course:
     stop_after: Slice | None = None
 
     @property
+    def begun_as(self) -> str | None:
+        """What the trainer is to call the state it goes on with; None where it begins anew."""
+        return None if self.state is None else f"state{SUFFIX}"
+
+    @property
     def savers(self) -> list[lightning.Callback]:
         """The callbacks that save, which must come last."""
         return [each for each in (self.states, self.stop_after) if each is not None]
@@ -291,6 +297,7 @@ def train(
     loggers, callbacks = _trackers(options, module, result, data.validation, processes)
     callbacks = [clock, usage, keeper, patience, *callbacks, *options.pop("callbacks", []), *course.savers]
     settings = _trainer_settings(module, processes, {"enable_progress_bar": progress_bar, "logger": loggers} | options)
+    callbacks = companions(settings, model.encoder, cached=plan.feature_cache != "off") + callbacks
     if course.states is not None:
         settings["plugins"] = [StateIO(course.state), *listed(options.get("plugins"))]
     data.processes = processes
@@ -302,8 +309,7 @@ def train(
         folder = None if cache_folder is None else cache_folder / f"rank{processes.rank}"
         noise, caches = _own_noise(trainer, plan), feature_caches(model, plan, data, folder, on_notice)
         with noise, caches as module.caches:
-            begun = None if course.state is None else f"state{SUFFIX}"
-            interrupted = _fit_or_interrupt(trainer, module, data, begun)
+            interrupted = _fit_or_interrupt(trainer, module, data, course.begun_as)
             sliced = course.stop_after is not None and course.stop_after.over and not clock.out_of_time
             if plan.soup > 1 and not interrupted and not sliced:
                 on_notice(_stir(keeper, module, data, settings, processes))

@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import distributed, nn
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
 
 from semseg_automl import SemanticSegmentor, draw_dataset
@@ -148,6 +149,35 @@ def note_writing(folder: Path, written: list[str], event: str, args: tuple[Any, 
         written.append(f"{event} {path}")
 
 
+class Holding(Watch):
+    """Also notes how many frozen weights of the blocks this process holds between two steps, and how many there are."""
+
+    held: tuple[int, int] = (0, 0)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Count."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        frozen = [p for p in pl_module.model.encoder.blocks.parameters() if not p.requires_grad]
+        own = [p.to_local() if isinstance(p, DTensor) else p for p in frozen]
+        self.held = sum(p.numel() for p in own), sum(p.numel() for p in frozen)
+
+
+def share(rank: int, folder: Path, port: int, stage: str) -> None:
+    """Be one of two processes that share the frozen weights out: `stage` is whole, killed or resumed."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    settings, watch = FITS["conv_lora"], Holding((1, 3) if stage == "killed" else None)
+    shared: dict[str, Any] = {"settings": settings, "strategy": "fsdp", "resume": stage == "resumed"}
+    with pytest.MonkeyPatch.context() as patched, contextlib.redirect_stdout(io.StringIO()):
+        prepare(patched)
+        with contextlib.suppress(Killed):
+            found = outcome(fit(folder, "shared" if stage == "whole" else "lost", WORLD, watch, **shared), watch)
+            torch.save(found | {"held": watch.held}, folder / f"{stage}{rank}.pt")
+        if stage == "whole":
+            again = said(lambda: fit(folder, "again", WORLD, Watch(), settings=settings))
+            (folder / f"again{rank}.txt").write_text(again)
+
+
 def gone_on(folder: Path) -> dict[str, Any]:
     """Kill both processes within the second epoch, at the end of a step, where one cannot be ahead, and go on."""
     settings = FITS["conv_lora"]
@@ -228,6 +258,20 @@ def pair(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
+def shared(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Share frozen weights out: once through, and once killed and gone on with by new processes."""
+    for stage in ("whole", "killed", "resumed"):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        spawn(share, args=(folder, port, stage), nprocs=WORLD)
+    return {
+        stage: [torch.load(folder / f"{stage}{rank}.pt", weights_only=True) for rank in range(WORLD)]
+        for stage in ("whole", "resumed")
+    }
+
+
+@pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[str, dict[str, Any]]:
     """Run the same fits in this process."""
     found = {}
@@ -263,6 +307,49 @@ def test_fit__two_processes__have_the_weights_of_one(
         assert torch.equal(first[key], second[key]), key
         # Adam divides by the gradient's size: where that is nothing but rounding, a step may differ.
         torch.testing.assert_close(first[key], value, rtol=1e-4, atol=1e-4, msg=key)
+
+
+def test_fit__frozen_weights_shared_out__has_the_losses_and_weights_of_whole_ones(
+    shared: dict[str, list[dict[str, Any]]], alone: dict[str, dict[str, Any]]
+) -> None:
+    # Of three validation rows one process has two, the other one: they run a different number of passes.
+    expected = alone["conv_lora"]
+    in_turns = np.array([each["losses"] for each in shared["whole"]]).T.ravel()
+    np.testing.assert_allclose(in_turns, expected["losses"], rtol=0, atol=1e-6)
+    for each in shared["whole"]:
+        for key, values in expected["history"].items():
+            np.testing.assert_allclose(each["history"][key], values, rtol=0, atol=1e-6, err_msg=key)
+        assert each["experts"] == expected["experts"]
+        assert each["weights"].keys() == expected["weights"].keys()
+        for key, value in expected["weights"].items():
+            torch.testing.assert_close(each["weights"][key], value, rtol=1e-4, atol=1e-4, msg=key)
+
+
+@pytest.mark.usefixtures("shared")
+def test_fit__processes_that_shared_weights_out__do_not_wait_for_one_another_again(folder: Path) -> None:
+    for rank in range(WORLD):
+        assert "in a new run of the script" in (folder / f"again{rank}.txt").read_text()
+
+
+def test_fit__frozen_weights_shared_out__are_held_in_parts(shared: dict[str, list[dict[str, Any]]]) -> None:
+    (first, whole), (second, _) = (each["held"] for each in shared["whole"])
+    assert first + second == whole > 0
+    assert first == pytest.approx(second, rel=0.02)
+
+
+def test_fit__frozen_weights_shared_out__are_saved_whole(
+    shared: dict[str, list[dict[str, Any]]], folder: Path
+) -> None:
+    saved = SemanticSegmentor.load(folder / "shared")._bundle.model.state_dict()
+    assert all(torch.equal(tensor, shared["whole"][1]["weights"][key]) for key, tensor in saved.items())
+
+
+def test_resume__frozen_weights_shared_out__have_the_weights_of_no_kill(
+    shared: dict[str, list[dict[str, Any]]]
+) -> None:
+    for whole, resumed in zip(shared["whole"], shared["resumed"], strict=True):
+        assert len(resumed["losses"]) == 2 * STEPS - 2, "goes on within the second epoch"
+        assert all(torch.equal(tensor, whole["weights"][key]) for key, tensor in resumed["weights"].items())
 
 
 def test_fit__two_processes__count_the_experts_of_all_validation_rows(

@@ -23,10 +23,11 @@ PACKAGE = "semseg_automl"
 # below the estimator, and cli and demo above it, as calls go.
 LAYERS = [
     "version errors third_party data",
-    "files data.colours data.completeness data.npy data.rle data.drawn data.duplicates data.cache data.channels"
-    " data.forms",
+    "files data.colours data.completeness data.npy data.rle data.drawn data.cache data.channels"
+    " data.forms sharing",
     "tiling matching hardware meters processes soft_map soup",
-    "data.images data.decoding data.headers data.encodings data.objects data.widths data.modes data.palettes",
+    "data.images data.decoding data.headers data.encodings data.duplicates data.objects data.widths data.modes"
+    " data.palettes",
     "class_values data.pooling data.listing data.annotated data.coco data.yolo data.labelme data.pairs",
     "data.annotations",
     "models task config saliency",
@@ -66,7 +67,8 @@ OWNERS = {
         "review", "judging", "checking", "check_page", "leaderboard",
     },
     "lightning": {
-        "training", "trainer_options", "callbacks", "resume", "slices", "trackers", "processes", "data.dataset",
+        "training", "trainer_options", "callbacks", "resume", "slices", "trackers", "processes", "sharing",
+        "data.dataset",
     },
     "optuna": {"study"},
     "timm": {"models.timm_encoder"},

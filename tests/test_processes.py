@@ -95,7 +95,7 @@ def test_arrange__launcher_started_others_and_nothing_asked__is_refused(monkeypa
     [
         ("ddp_spawn", "cannot hand the fitted segmentor back"),
         ("ddp_notebook", "cannot hand the fitted segmentor back"),
-        ("fsdp", "shared-out weights"),
+        ("fsdp_cpu_offload", "must be whole in each process"),
         ("dpp", "no strategy of that name"),
         (lightning.pytorch.strategies.DDPStrategy(start_method="spawn"), "cannot hand the fitted segmentor back"),
         (lightning.pytorch.strategies.DDPStrategy(broadcast_buffers=True), "can hang"),
