@@ -122,6 +122,7 @@ def write_report(
         matrix=_matrix(task, scored.confusion) if scored.rows else None,
         reliability=_reliability(task, scored),
         **_training(plan, bundle.record),
+        search=_search(plan, bundle.record.get("search")),
         experts=_experts(bundle.record.get("expert_usage", {})),
         fingerprints=_fingerprints(task, bundle.record, checks),
         reasons=[f"Task: {reason}." for reason in task.reasons],
@@ -312,6 +313,28 @@ def _training(plan: Plan, record: Mapping[str, Any]) -> dict[str, Any]:
             "columns": columns,
             "rows": [[f"{_number(entry.get(key)):.6g}" for key in columns] for entry in history],
         },
+    }
+
+
+def _search(plan: Plan, search: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return what raced, the winner first; None for a fit that did not search."""
+    if not search:
+        return None
+    lines = sorted(search["candidates"], key=lambda line: bool(line["candidate"] != search["winner"]))
+    return {
+        "told": [f"{told[:1].upper()}{told[1:]}." for told in (search["verdict"], search["prediction"])],
+        "metric": plan.validation_metric,
+        "rows": [
+            {
+                "name": line["candidate"],
+                "settings": ", ".join(f"{name}={value}" for name, value in line["settings"].items()),
+                "score": _figure(_number(line["score"])),
+                "steps": line["steps"],
+                "seconds": f"{_number(line['seconds']):.0f}",
+                "ended": "won" if line["candidate"] == search["winner"] else line["left"],
+            }
+            for line in lines
+        ],
     }
 
 

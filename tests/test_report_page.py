@@ -295,6 +295,26 @@ def test_score_rows__a_metric_where_less_is_better__ranks_the_other_way(binary: 
     assert [case.score for case in cases] == pytest.approx([images.max(), np.median(images), images.min()])
 
 
+def test_report__fit_that_searched__lists_what_raced_with_the_winner_first(binary: Ready, tmp_path: Path) -> None:
+    lines = [
+        {"candidate": "baseline", "settings": {}, "score": 0.25, "seconds": 12.34, "steps": 9, "left": "round 1"},
+        {"candidate": HOSTILE, "settings": {"optim.lr": 0.01}, "score": 0.5, "seconds": 60.0, "steps": 40, "left": ""},
+        {"candidate": "late", "settings": {}, "score": float("nan"), "seconds": 0, "steps": 0, "left": "no time"},
+    ]
+    search = {"winner": HOSTILE, "verdict": "it won", "prediction": "as the plan has it", "candidates": lines}
+    binary.bundle.record["search"] = search
+    try:
+        page = binary.write(tmp_path / "report.html", pictures=0)
+    finally:
+        del binary.bundle.record["search"]
+    table = page.text[page.text.index("differs from the plan in") :]
+    places = [table.index(text) for text in (HOSTILE, "optim.lr=0.01", "0.5000", "won", "baseline", "0.2500", "late")]
+    assert places == sorted(places)
+    assert "It won.As the plan has it." in page.text
+    assert ("a", {"href": "#search"}) in page.elements
+    assert ("a", {"href": "#search"}) not in binary.write(tmp_path / "without.html", pictures=0).elements
+
+
 def test_write_fit_report__no_time_or_an_interrupt__judges_nothing_and_still_draws_the_curves(
     binary: Ready, tmp_path: Path
 ) -> None:
