@@ -242,7 +242,6 @@ def survey_table(
             else:
                 known[file] = facts
     new = list(first)
-
     looked = each_row(
         lambda position: _look(table, first[new[position]], new[position]), len(new), workers=workers, progress=progress
     )
