@@ -207,8 +207,11 @@ def compare(options: argparse.Namespace, mode: str, side: int) -> None:
         print(f"{name:32} {middle:8.2f} {spread:>15} {middle / first:6.2f} {peak:9.2f}", flush=True)
 
 
-def parity(encoder: str, side: int, batch: int = 2) -> None:
-    """Print how far our embeddings and masks are from segment_anything's, on the same random weights and images."""
+def parity(encoder: str, side: int, batch: int = 2, *, double: bool = False) -> None:
+    """Print how far our embeddings and masks are from segment_anything's, on the same random weights and images.
+
+    With `double` also in float64, and how far the float32 embeddings of both are from those: whose rounding it is.
+    """
     from semseg_automl.third_party import segment_anything
 
     torch.manual_seed(0)
@@ -226,15 +229,27 @@ def parity(encoder: str, side: int, batch: int = 2) -> None:
     model.encoder.load_pretrained(state, source="upstream")
     model.mask_decoder.load_sam(state, source="upstream")
     images = 255 * torch.rand(batch, 3, side, side)
+    ours, theirs = compare_outputs(encoder, model, upstream, images)
+    if double:
+        exact = compare_outputs(encoder, model.double(), upstream.double(), images.double())[1]
+        mine, other = ((each - exact).abs().max() for each in (ours, theirs))
+        print(f"float32 embeddings differ from float64 ones by {mine:.1e} here and by {other:.1e} in segment_anything")
+
+
+def compare_outputs(encoder: str, model: SegmentationModel, upstream: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Print how far embeddings and masks differ, and return the embeddings, ours and segment_anything's."""
     with torch.inference_mode():
         theirs = upstream.image_encoder((images - upstream.pixel_mean) / upstream.pixel_std)
         ours = model.encoder(model.normalise(images))
-        print(f"{encoder} at {side}, batch {batch}: embeddings differ by {(ours - theirs).abs().max():.1e}", end=", ")
+        what = f"{encoder} at {images.shape[-1]}, batch {len(images)}, {images.dtype}"
+        print(f"{what}: embeddings differ by {(ours - theirs).abs().max():.1e}", end=", ")
         dense = upstream.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1).expand_as(theirs[:1])
-        position, sparse = upstream.prompt_encoder.get_dense_pe(), torch.zeros(1, 0, 256)
+        position = upstream.prompt_encoder.get_dense_pe().to(images.dtype)
+        sparse = torch.zeros(1, 0, 256, dtype=images.dtype)
         masks = torch.cat([upstream.mask_decoder.predict_masks(e[None], position, sparse, dense)[0] for e in theirs])
-        difference = (model.mask_decoder(ours, images).mask_logits - masks).abs().max()
-        print(f"of size {theirs.abs().max():.1f}; mask logits by {difference:.1e}, of size {masks.abs().max():.1e}")
+        apart = (model.mask_decoder(ours, images).mask_logits - masks).abs().max()
+    print(f"of size {theirs.abs().max():.1f}; mask logits by {apart:.1e}, of size {masks.abs().max():.1e}", flush=True)
+    return ours, theirs
 
 
 def main() -> None:
@@ -249,10 +264,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1, help="timed runs per process, after one that is not")
     parser.add_argument("--who", nargs="+", help="contenders, instead of the mode's usual ones")
     parser.add_argument("--parity", action="store_true", help="compare values with segment_anything instead of times")
+    parser.add_argument("--double", action="store_true", help="with --parity: in float64, too")
+    parser.add_argument("--batch", type=int, default=2, help="with --parity: images")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.parity:
-        parity(options.encoder, options.size[0])
+        parity(options.encoder, options.size[0], options.batch, double=options.double)
         return
     if options.worker:
         mode, side = options.mode[0], options.size[0]
