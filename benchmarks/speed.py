@@ -237,18 +237,20 @@ def parity(encoder: str, side: int, batch: int = 2, *, double: bool = False) -> 
 
 
 def compare_outputs(encoder: str, model: SegmentationModel, upstream: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Print how far embeddings and masks differ, and return the embeddings, ours and segment_anything's."""
+    """Print how far embeddings differ, and masks in float32, upstream's only format; return both embeddings."""
     with torch.inference_mode():
         theirs = upstream.image_encoder((images - upstream.pixel_mean) / upstream.pixel_std)
         ours = model.encoder(model.normalise(images))
         what = f"{encoder} at {images.shape[-1]}, batch {len(images)}, {images.dtype}"
-        print(f"{what}: embeddings differ by {(ours - theirs).abs().max():.1e}", end=", ")
-        dense = upstream.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1).expand_as(theirs[:1])
-        position = upstream.prompt_encoder.get_dense_pe().to(images.dtype)
-        sparse = torch.zeros(1, 0, 256, dtype=images.dtype)
-        masks = torch.cat([upstream.mask_decoder.predict_masks(e[None], position, sparse, dense)[0] for e in theirs])
-        apart = (model.mask_decoder(ours, images).mask_logits - masks).abs().max()
-    print(f"of size {theirs.abs().max():.1f}; mask logits by {apart:.1e}, of size {masks.abs().max():.1e}", flush=True)
+        apart = (ours - theirs).abs().max()
+        print(f"{what}: embeddings of size {theirs.abs().max():.1f} differ by {apart:.1e}", flush=True)
+        if images.dtype == torch.float32:
+            dense = upstream.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1).expand_as(theirs[:1])
+            position, sparse = upstream.prompt_encoder.get_dense_pe(), torch.zeros(1, 0, 256)
+            decoder = upstream.mask_decoder
+            masks = torch.cat([decoder.predict_masks(each[None], position, sparse, dense)[0] for each in theirs])
+            apart = (model.mask_decoder(ours, images).mask_logits - masks).abs().max()
+            print(f"mask logits of size {masks.abs().max():.1e} differ by {apart:.1e}", flush=True)
     return ours, theirs
 
 
