@@ -1,4 +1,4 @@
-"""What reading costs: ``python -m benchmarks.loader --data DATA [--train]``.
+"""What reading costs: ``python -m benchmarks.loader --data DATA [--train] [--enlarge TIMES]``.
 
 DATA holds folders with a ``train.csv``. Our training loader, with horizontal flips as the only augmentation, takes
 turns with the loader one writes first: Pillow opens, converts and resizes, torchvision flips and makes tensors, in
@@ -9,6 +9,8 @@ passes until the first batch is there, processes started and what the check kept
 
 `check_data` without its notes on files, and with its rules, takes turns with the same opening of every file, on which
 nothing else is done.
+
+The files can be enlarged to the sides that cameras give; benchmark sets are often made smaller.
 
 An epoch has a thousand rows at least: a folder of fewer is there several times under other names, for both sides. For
 `check_data`, to which these would be duplicates, each file is there once.
@@ -127,6 +129,21 @@ def at_least(rows: int, table: MaskTable, folder: Path) -> MaskTable:
     return replace(table, images=tuple(images), masks=tuple(masks), index=pd.RangeIndex(len(images)))
 
 
+def enlarged(table: MaskTable, times: int, folder: Path) -> MaskTable:
+    """Return a table of copies of its files, of so many times the sides: photographs in JPEG, masks in PNG."""
+    folder.mkdir()
+    images: list[ImageSource] = []
+    masks: list[ImageSource] = []
+    for row, (image_path, mask_path) in enumerate(zip(table.images, table.masks or (), strict=True)):
+        with Image.open(str(image_path)) as image, Image.open(str(mask_path)) as mask:
+            size = image.width * times, image.height * times
+            images.append(str(folder / f"{row}.jpg"))
+            masks.append(str(folder / f"{row}.png"))
+            image.convert("RGB").resize(size, Image.Resampling.BICUBIC).save(str(images[-1]), quality=90)
+            mask.resize(size, Image.Resampling.NEAREST).save(str(masks[-1]))
+    return replace(table, images=tuple(images), masks=tuple(masks))
+
+
 def our_check(frame: pd.DataFrame, folder: Path) -> None:
     """Check without what earlier checks found in the files."""
     shutil.rmtree(folder / "checks", ignore_errors=True)
@@ -216,9 +233,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--sets", nargs="+", default=["kvasir_polyp", "camvid"])
-    parser.add_argument("--workers", nargs="+", type=int, default=[0, 2])
+    parser.add_argument("--workers", nargs="*", type=int, default=[0, 2], help="none: only the check is measured")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--rows", type=int, default=1000, help="of an epoch at least")
+    parser.add_argument("--enlarge", type=int, default=1, help="times the sides that the files have")
     parser.add_argument("--train", action="store_true", help="also train with each number of processes")
     options = parser.parse_args()
     print(json.dumps({"cores": usable_cores(), "torch_threads": torch.get_num_threads()}))
@@ -232,7 +250,11 @@ def measure_set(name: str, options: argparse.Namespace, place: Path) -> None:
     os.environ["SEMSEG_AUTOML_CACHE"] = str(place)
     (place / "links").mkdir()
     once = read_table(options.data / name / "train.csv")  # files that are there several times would all be duplicates
+    if options.enlarge > 1:
+        once = enlarged(once, options.enlarge, place / "large")
     report(name, f"check_data, {len(once)} rows", measure_check(once, place, options.rounds))
+    if not options.workers:
+        return
     table = at_least(options.rows, once, place / "links")
     checks = check_rows(table)
     task = infer_task([check.value_counts for check in checks], encodings=[check.encoding for check in checks])

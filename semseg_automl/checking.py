@@ -22,6 +22,7 @@ from semseg_automl.config import load_config
 from semseg_automl.data.channels import as_channels
 from semseg_automl.data.checks import each_row
 from semseg_automl.data.colours import Colour, read_color_map
+from semseg_automl.data.counting import Values
 from semseg_automl.data.images import read_mask
 from semseg_automl.data.objects import extents
 from semseg_automl.data.survey import FileNotes, survey_table
@@ -360,7 +361,7 @@ def _with_objects(
         name = table.row_name(index)
         try:
             mask = read_mask(table.masks[index], name=name, colours=task.colours)
-            return replace(row, objects=extents(task.encode(mask, name=name)))
+            return replace(row, objects=extents(Values(task.encode(mask, name=name))))
         except DataError:
             return row  # not of this task: `unknown_values` tells of it
 

@@ -125,7 +125,7 @@ def labelled_rows(task: SegmentationTask, splits: Sequence[Split]) -> list[Label
                 gathered: dict[int, tuple[Extent, ...]] = {}
                 for value, sizes in mask.objects.items():
                     index = classes.get(value, IGNORE_INDEX)
-                    gathered[index] = (*gathered.get(index, ()), *sizes)
+                    gathered[index] = gathered[index] + sizes if index in gathered else sizes
                 objects = gathered
             found.append(LabelledRow(Place(split.name, row), mask, tuple(pixels), ignored, objects))
     return found

@@ -26,8 +26,8 @@ LAYERS = [
     "files data.colours data.completeness data.npy data.rle data.drawn data.cache data.channels"
     " data.forms sharing",
     "tiling matching hardware meters processes soft_map soup",
-    "data.images data.decoding data.headers data.encodings data.duplicates data.objects data.widths data.modes"
-    " data.palettes",
+    "data.images data.decoding data.headers data.encodings data.counting data.duplicates data.objects data.widths"
+    " data.modes data.palettes",
     "class_values data.pooling data.listing data.annotated data.coco data.yolo data.labelme data.pairs",
     "data.annotations",
     "models task config saliency",

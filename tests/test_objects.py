@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from semseg_automl.data import encodings
+from semseg_automl.data import counting
 from semseg_automl.data import objects as module
-from semseg_automl.data.encodings import count_areas, count_values, runs_of
+from semseg_automl.data.counting import Values
 from semseg_automl.data.objects import Extent, count_small, extents
 
 
@@ -21,19 +21,19 @@ def test_extents__two_values_with_several_areas__gives_sizes_and_numbers() -> No
     mask[6:9, 2:8] = 5
     mask[10, 15] = 5
     mask[2, 12:14] = 9
-    found = extents(mask)
+    found = extents(Values(mask))
     assert found[5] == (Extent(1, 1, 1), Extent(3, 6, 2))
     assert found[9] == (Extent(1, 2, 1),)
     assert found[0] == (Extent(12, 20, 1),)
 
 
 def test_extents__pixels_touching_at_a_corner__are_one_object() -> None:
-    assert extents(np.eye(5, dtype=np.uint8))[1] == (Extent(5, 5, 1),)
+    assert extents(Values(np.eye(5, dtype=np.uint8)))[1] == (Extent(5, 5, 1),)
 
 
 def test_extents__numbers_beyond_eight_bits__are_kept_apart() -> None:
     mask = np.array([[70_000, 70_000, -1], [0, 0, -1]], np.int32)
-    assert extents(mask) == {70_000: (Extent(1, 2, 1),), -1: (Extent(2, 1, 1),), 0: (Extent(1, 2, 1),)}
+    assert extents(Values(mask)) == {70_000: (Extent(1, 2, 1),), -1: (Extent(2, 1, 1),), 0: (Extent(1, 2, 1),)}
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32])
@@ -49,7 +49,7 @@ def test_extents__noise_and_blocks__are_those_of_each_value_alone(dtype: type, b
             stats = cv2.connectedComponentsWithStats((mask == value).astype(np.uint8), connectivity=8)[2][1:]
             sizes, numbers = np.unique(stats[:, [3, 2]], axis=0, return_counts=True)
             expected[value] = [Extent(*map(int, row)) for row in np.column_stack([sizes, numbers])]
-        assert {value: list(found) for value, found in extents(mask).items()} == expected
+        assert {value: list(found) for value, found in extents(Values(mask)).items()} == expected
 
 
 def each_alone(mask: NDArray[Any]) -> dict[int, tuple[Extent, ...]]:
@@ -103,11 +103,11 @@ def test_extents__odd_masks__are_the_same_by_outlines_runs_and_labels(
 ) -> None:
     mask = ODD[name]
     expected = each_alone(mask)
-    assert extents(mask) == extents(mask, count_values(mask)) == expected
+    assert extents(Values(mask)) == expected
     assert {value: module._outlined(mask == value) for value in expected} == expected
     assert {value: module._boxes(mask == value) for value in expected} == expected
-    monkeypatch.setattr(encodings, "SHORT_RUNS", 1)
-    runs = runs_of(mask)
+    monkeypatch.setattr(counting, "SHORT_RUNS", 1)
+    runs = Values(mask).runs
     assert runs is not None
     assert module._extents_of_runs(runs) == expected
 
@@ -119,10 +119,10 @@ def test_extents__random_areas__are_the_same_by_outlines_runs_and_labels(values:
         height, width = rng.integers(1, 12, 2)
         tall, long = rng.integers(1, 5), rng.integers(9, 14)
         mask = np.kron(rng.integers(0, values, (height, width)), np.ones((tall, long), np.int64)).astype(np.uint8)
-        runs = runs_of(mask)
+        runs = Values(mask).runs
         assert runs is not None
         expected = each_alone(mask)
-        assert extents(mask, count_values(mask), runs) == expected
+        assert extents(Values(mask)) == expected
         assert module._extents_of_runs(runs) == expected
         assert {value: module._outlined(mask == value) for value in expected} == expected
 
@@ -138,36 +138,14 @@ def test_extents__few_values_many_or_noise__are_measured_each_in_its_way(
     rng = np.random.default_rng(0)
     areas = np.kron(rng.integers(0, values or 1, (6, 6)), np.ones((9, 9), np.int64)).astype(np.uint8)
     mask = areas if values else rng.integers(0, 2, (40, 40)).astype(np.uint8)
-    assert extents(mask) == each_alone(mask)
+    assert extents(Values(mask)) == each_alone(mask)
 
 
 def test_extents__more_runs_than_memory_is_for__are_measured_value_by_value(monkeypatch: pytest.MonkeyPatch) -> None:
     mask = np.kron(np.random.default_rng(0).integers(0, 3, (6, 6)), np.ones((9, 9), np.int64)).astype(np.uint8)
-    monkeypatch.setattr(encodings, "MOST_RUNS", 3)
+    monkeypatch.setattr(counting, "MOST_RUNS", 3)
     monkeypatch.setattr(module, "_outlined", None)
-    assert extents(mask) == each_alone(mask)
-
-
-@pytest.mark.parametrize("dtype", [np.uint8, np.int32])
-def test_runs__random_areas__are_counted_as_pixels_are(dtype: type) -> None:
-    rng = np.random.default_rng(3)
-    for values in (1, 2, 3, 9) * 8:
-        height, width = rng.integers(1, 9, 2)
-        small = rng.integers(-2 if dtype is np.int32 else 0, values, (height, width))
-        mask: NDArray[Any] = np.kron(small, np.ones((rng.integers(1, 4), rng.integers(8, 12)), np.int64)).astype(dtype)
-        runs = runs_of(mask)
-        assert runs is not None
-        numbers = dict(zip(*(found.tolist() for found in np.unique(mask, return_counts=True)), strict=True))
-        assert runs.counts() == count_values(mask) == numbers
-        assert runs.areas() == count_areas(mask)
-
-
-def test_count_values__few_pixels_of_other_values__are_not_overlooked() -> None:
-    mask = np.zeros((100, 100), np.uint8)
-    mask[50:] = 9
-    assert count_values(mask) == {0: 5000, 9: 5000}
-    mask[10, 11] = 4
-    assert count_values(mask) == {0: 4999, 4: 1, 9: 5000}
+    assert extents(Values(mask)) == each_alone(mask)
 
 
 def test_count_small__object_of_the_limit__is_not_small() -> None:

@@ -14,9 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-import numpy as np
-
-from semseg_automl.data.colours import pack
+from semseg_automl.data.counting import Values
 from semseg_automl.data.encodings import NUMBERS, MaskEncoding
 from semseg_automl.data.images import read_image, read_stored_mask
 from semseg_automl.data.kept import DecodedFiles
@@ -187,11 +185,10 @@ def _check_row(table: MaskTable, position: int, keep: DecodedFiles | None, *, me
         return wrong
     if keep is not None:
         keep.keep(table, position, image, mask)
-    counts, encoding = mask.survey()
-    widths: Mapping[int, float] = {}
-    if measure and len(counts) <= MOST_VALUES and not encoding.unlisted:
-        colours = mask.pixels.ndim == 3
-        widths = typical_widths(pack(mask.pixels.astype(np.uint8, copy=False)) if colours else mask.pixels)
+    values = Values(mask.values())
+    counts, encoding = mask.survey(values)
+    few = len(counts) <= MOST_VALUES and not encoding.unlisted
+    widths = typical_widths(values.array) if measure and few else {}
     return RowCheck(size=size, value_counts=counts, encoding=encoding, widths=widths)
 
 

@@ -17,8 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.fft import dctn
 
-from semseg_automl.data.encodings import Runs, runs_of
-
 THUMBNAIL = 32
 """Side of the small pictures that are compared, in pixels."""
 
@@ -53,12 +51,10 @@ class Copy(NamedTuple):
     """Whether it is mirrored or turned by a quarter."""
 
 
-def pixel_digest(pixels: NDArray[Any], runs: Runs | None = None) -> str:
-    """Return a digest of pixels ``(H, W)`` or ``(H, W, 3)``; grey stored in three equal channels counts as one.
+def pixel_digest(pixels: NDArray[Any]) -> str:
+    """Return a digest of the pixels ``(H, W)`` or ``(H, W, 3)`` of an image.
 
-    Args:
-        pixels: Of an image or a mask.
-        runs: Those of pixels ``(H, W)``, where the caller has looked for them.
+    Grey stored in three equal channels counts as one.
 
     >>> grey = np.arange(6, dtype=np.uint8).reshape(2, 3)
     >>> pixel_digest(grey) == pixel_digest(np.repeat(grey[:, :, None], 3, axis=2))
@@ -67,12 +63,7 @@ def pixel_digest(pixels: NDArray[Any], runs: Runs | None = None) -> str:
     if pixels.ndim == 3 and all(np.array_equal(pixels[:, :, 0], pixels[:, :, other]) for other in (1, 2)):
         pixels = pixels[:, :, 0]
     digest = hashlib.blake2b(f"{pixels.shape} {pixels.dtype.str}".encode(), digest_size=16)
-    runs = runs_of(pixels) if runs is None and pixels.ndim == 2 and pixels.size else runs
-    if runs is None:
-        digest.update(np.ascontiguousarray(pixels).data)
-    else:  # as good as the pixels, and far less to go through
-        digest.update(runs.starts.data)
-        digest.update(runs.value.data)
+    digest.update(np.ascontiguousarray(pixels).data)
     return digest.hexdigest()
 
 
@@ -82,11 +73,11 @@ def bytes_digest(data: bytes) -> str:
 
 
 def small_picture(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return an image ``(H, W, 3)`` as grey ``(32, 32)``, each pixel the mean of its area."""
+    """Return an image, RGB ``(H, W, 3)`` or grey ``(H, W)``, as grey ``(32, 32)``, each pixel the mean of its area."""
     # First the size, then the colour: a mean is the same in either order, and this one touches fewer pixels.
     small = cv2.resize(image, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA)
-    grey: NDArray[np.uint8] = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY).astype(np.uint8, copy=False)
-    return grey
+    grey = small if small.ndim == 2 else cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
+    return grey.astype(np.uint8, copy=False)
 
 
 def frequencies(pictures: NDArray[np.uint8]) -> NDArray[np.float32]:

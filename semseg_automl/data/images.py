@@ -65,7 +65,7 @@ _EXIF_ORIENTATION = 0x0112
 _AT_ONCE = 2**20
 """Bytes that are read before it is known whether they are an .npy's, which may be far larger than memory."""
 _PNG_GREY = 0
-_REDUCED = {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}
+_REDUCED = {2: cv2.IMREAD_REDUCED_GRAYSCALE_2, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4, 8: cv2.IMREAD_REDUCED_GRAYSCALE_8}
 
 
 def read_image(
@@ -117,18 +117,18 @@ class Glance:
     size: tuple[int, int]
     """Height and width, upright."""
     pixels: NDArray[np.uint8]
-    """Upright RGB ``(h, w, 3)``, of a JPEG 1, 2, 4 or 8 times smaller."""
+    """Upright: grey ``(h, w)``, 2, 4 or 8 times smaller, of most JPEGs; else RGB ``(h, w, 3)``, of the size itself."""
     coded: bytes = b""
-    """What the pixels of a smaller JPEG are decoded from; empty where `pixels` are all of them."""
+    """What the image of a smaller JPEG is decoded from; empty where `pixels` are all of it."""
 
 
 def glance(
     source: ImageSource, side: int, *, name: str | None = None, channels: Channels | None = None
 ) -> Glance:
-    """Look at an image as `read_image` reads it, a JPEG at the least size whose sides are not below `side`.
+    """Look at an image as `read_image` reads it, a JPEG in grey at the least size whose sides are not below `side`.
 
-    Every byte of a file is still read and decoded: to leave out high frequencies (libjpeg's scaled transform) saves the
-    transform and the colours of pixels, and is what `read_image` spends half of its time on.
+    Every byte of a file is still read and decoded: to leave out high frequencies (libjpeg's scaled transform) and
+    colours saves what `read_image` spends half of its time on.
 
     Raises:
         DataError: As in :func:`read_image`.
@@ -145,7 +145,7 @@ def glance(
         small = decode_opencv(data, _REDUCED[scale] | cv2.IMREAD_IGNORE_ORIENTATION, called)
         width, height = header.size if turned < 5 else header.size[::-1]
         coded = bytes([turned]) + completeness.jpeg_pixel_data(data)
-        return Glance((height, width), _rgb(orient(cv2.cvtColor(small, cv2.COLOR_BGR2RGB), turned), called), coded)
+        return Glance((height, width), orient(small, turned), coded)
     pixels = _decoded(data, header, channels, called)
     return Glance((pixels.shape[0], pixels.shape[1]), pixels)
 

@@ -6,8 +6,8 @@ Not here: which values are classes (:mod:`semseg_automl.task`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
-from semseg_automl.data.encodings import Runs, count_values, runs_of
+from semseg_automl.data.counting import Runs, Values
 
 SMALL = 4.0
 """Pixels at the model's input below which an object is small: scores are computed on every fourth pixel, so it is
@@ -34,27 +34,18 @@ class Extent(NamedTuple):
     number: int
 
 
-def extents(
-    values: NDArray[Any], known: Collection[int] | None = None, runs: Runs | None = None
-) -> dict[int, tuple[Extent, ...]]:
-    """Return the sizes of the connected areas of each value of a mask ``(H, W)``, in pixels.
+def extents(values: Values) -> dict[int, tuple[Extent, ...]]:
+    """Return the sizes of the connected areas of each value of a mask, in pixels.
 
     Pixels that touch at a corner belong together.
 
-    Args:
-        values: The mask.
-        known: The values that are in it, where the caller has counted them.
-        runs: Its runs, where the caller has looked for them.
-
-    >>> extents(np.array([[1, 0, 0], [0, 1, 0], [0, 0, 0]], np.uint8))[1]
+    >>> extents(Values(np.array([[1, 0, 0], [0, 1, 0], [0, 0, 0]], np.uint8)))[1]
     (Extent(height=2, width=2, number=1),)
     """
-    known = count_values(values) if known is None else known
-    runs = runs_of(values) if runs is None else runs
-    if runs is not None and len(known) > FEW_VALUES:
-        return _extents_of_runs(runs)
-    measure = _boxes if runs is None else _outlined
-    return {value: measure(values == value) for value in sorted(known)}
+    if len(values.counts) > FEW_VALUES and values.runs is not None:
+        return _extents_of_runs(values.runs)
+    measure = _boxes if values.noisy else _outlined
+    return {value: measure(values.array == value) for value in sorted(values.counts)}
 
 
 def _outlined(of_value: NDArray[np.bool_]) -> tuple[Extent, ...]:
@@ -125,8 +116,6 @@ def count_small(
     (3, 4)
     """
     down, across = input_size[0] / size[0], input_size[1] / size[1]
-    small = total = 0
-    for height, width, number in objects:
-        total += number
-        small += number if max(height * down, width * across) < limit else 0
-    return small, total
+    found = list(objects)
+    small = sum(number for height, width, number in found if height * down < limit and width * across < limit)
+    return small, sum(number for _, _, number in found)

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from semseg_automl.data.encodings import count_values
+from semseg_automl.data.counting import count_values
 
 MEASURED_PIXELS = 2**20
 """Widths are measured in a mask made smaller to so many; no network sees more."""
