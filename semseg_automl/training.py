@@ -111,7 +111,7 @@ class FineTuneModule(lightning.LightningModule):
         # By image, so that a batch in smaller pieces, or shared by several processes, has the same loss.
         words = [[self.plan.seed, self.trainer.global_step, int(item)] for item in batch.index]
         seeds = [int(np.random.SeedSequence(each).generate_state(1)[0]) for each in words]
-        loss = self.criterion(output, batch.mask, seeds) + self.model.aux_loss().to(batch.mask.device)
+        loss = self.criterion(output, batch.mask.long(), seeds) + self.model.aux_loss().to(batch.mask.device)
         if output.class_logits is not None and self.trainer.world_size > 1:
             # Without a labelled pixel here the masks do not count, but the other processes wait for their gradients.
             loss = loss + 0.0 * output.mask_logits.sum()

@@ -122,6 +122,41 @@ def test_cache__filled_by_forked_processes__is_found_by_all() -> None:
         assert_holds(cache, entry, draw_pair(entry))
 
 
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="processes cannot be forked here")
+def test_cache__put_in_for_later_processes__is_found_by_them_only_and_not_copied() -> None:
+    context = multiprocessing.get_context("fork")
+    cache = ImageCache(3, 4 * 6 * 9 * 2)
+    image, mask = draw_pair(0)
+    ready, found = context.Event(), context.SimpleQueue()
+
+    def look() -> None:
+        ready.wait(30)
+        got = cache.get(0)
+        found.put(None if got is None else [array.copy() for array in got])
+        cache.put(0, *draw_pair(2))  # it is there: nothing to do
+        cache.put(1, *draw_pair(1))
+
+    early = context.Process(target=look)
+    early.start()
+    cache.put(0, image, mask, inherited=True)
+    late = context.Process(target=look)
+    late.start()
+    ready.set()
+    answers = [found.get(), found.get()]
+    for process in (early, late):
+        process.join(30)
+        assert process.exitcode == 0
+    assert [answer is None for answer in answers].count(True) == 1
+    (seen,) = [answer for answer in answers if answer is not None]
+    assert all(np.array_equal(got, expected) for got, expected in zip(seen, (image, mask), strict=True))
+    own = cache.get(0)
+    assert own is not None
+    assert np.shares_memory(own[0], image)
+    assert not own[0].flags.writeable
+    assert_holds(cache, 1, draw_pair(1))
+    assert cache.used == cache.budget
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_cache__many_threads__give_nobody_a_half_written_image(shared: bool) -> None:
     cache = ImageCache(20, 4 * 32 * 32 * 20, shared=shared)

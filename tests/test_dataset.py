@@ -184,7 +184,7 @@ def test_collate__samples_of_different_sizes__have_the_documented_shapes_and_typ
     batch = collate(samples)
     assert len(batch) == 2
     assert (batch.image.shape, batch.image.dtype) == ((2, 3, *SIZE), torch.uint8)
-    assert (batch.mask.shape, batch.mask.dtype) == ((2, *SIZE), torch.int64)
+    assert (batch.mask.shape, batch.mask.dtype) == ((2, *SIZE), torch.uint8)
     assert batch.image.is_contiguous()
     assert [tuple(mask.shape) for mask in batch.native_masks] == [(20, 30), (28, 26)]
     assert all(mask.dtype == torch.uint8 for mask in batch.native_masks)

@@ -227,8 +227,8 @@ def test_adopt__while_it_moves__memory_never_holds_more_than_the_budget(
     totals: list[int] = []
     plain = ImageCache.put
 
-    def watched(self: ImageCache, *arguments: Any) -> None:
-        plain(self, *arguments)
+    def watched(self: ImageCache, *arguments: Any, **options: Any) -> None:
+        plain(self, *arguments, **options)
         totals.append(self.used + kept.used)
 
     monkeypatch.setattr(ImageCache, "put", watched)

@@ -3,9 +3,9 @@
 Without loader processes the decoded arrays themselves are kept. With them, what one process has decoded every other
 finds: one mapping of anonymous shared memory, made before they are forked. It needs no file and no room in ``/dev/shm``
 (64 MB in a container unless asked otherwise), costs nothing until it is written, and is gone with the last process.
-Copying into it makes a first visit about a sixth dearer, so that it is not used where there is one process. Where
-processes are not forked (the default on macOS and Windows, and from Python 3.14 on everywhere) each keeps its own share
-of the budget.
+Copying into it makes a first visit about a sixth dearer, so that it is not used where there is one process, nor for
+what is decoded before the others are forked: they inherit the arrays themselves. Where processes are not forked (the
+default on macOS and Windows, and from Python 3.14 on everywhere) each keeps its own share of the budget.
 
 Not here: reading files (:mod:`semseg_automl.data.images`), how large the budget is (:mod:`semseg_automl.capacity`).
 """
@@ -25,7 +25,7 @@ from semseg_automl.errors import ConfigError, DataError
 Decoded = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 """Image ``(H, W, 3)`` and mask ``(H, W)``, uint8."""
 
-_ABSENT, _WRITING, _READY = 0, 1, 2
+_ABSENT, _WRITING, _SHARED, _OWN = 0, 1, 2, 3
 _CHANNELS = 3
 
 
@@ -62,17 +62,23 @@ class ImageCache:
         """Return image and mask, read-only and not copied, or None where they are not kept."""
         with self._lock:
             state, start, height, width = self._index[entry].tolist()
-        if state != _READY:
+        if state == _OWN:
+            return self._own.get(entry)  # None in a process that was forked before it was put in
+        if state != _SHARED:
             return None
-        if not self.shared:
-            return self._own[entry]
         area = height * width
         image = self._pixels[start : start + _CHANNELS * area].reshape(height, width, _CHANNELS)
         mask = self._pixels[start + _CHANNELS * area : start + (_CHANNELS + 1) * area].reshape(height, width)
         return _read_only(image), _read_only(mask)
 
-    def put(self, entry: int, image: NDArray[np.uint8], mask: NDArray[np.uint8]) -> None:
+    def put(self, entry: int, image: NDArray[np.uint8], mask: NDArray[np.uint8], *, inherited: bool = False) -> None:
         """Keep an image and its mask, if there is room and nobody has; they are not to be changed afterwards.
+
+        Args:
+            entry: Their number.
+            image: ``(H, W, 3)``.
+            mask: ``(H, W)``.
+            inherited: Whether the processes that are to find them are yet to be forked, so that nothing is copied.
 
         Raises:
             DataError: They are not of one size.
@@ -86,13 +92,14 @@ class ImageCache:
                 return
             self._index[-1, 0] = start + size
             self._index[entry] = _WRITING, start, *mask.shape
-        if self.shared:
+        own = inherited or not self.shared
+        if own:
+            self._own[entry] = _read_only(image), _read_only(mask)
+        else:
             self._pixels[start : start + image.nbytes] = image.reshape(-1)
             self._pixels[start + image.nbytes : start + size] = mask.reshape(-1)
-        else:
-            self._own[entry] = _read_only(image), _read_only(mask)
         with self._lock:
-            self._index[entry, 0] = _READY
+            self._index[entry, 0] = _OWN if own else _SHARED
 
     @property
     def found_by_loaders(self) -> bool:

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -82,7 +83,8 @@ class Batch:
 
     Attributes:
         image: ``(B, 3, h, w)`` uint8 RGB.
-        mask: ``(B, h, w)`` int64 class indices, 255 where unknown; none for tiles, which are validated on.
+        mask: ``(B, h, w)`` uint8 class indices, 255 where unknown; none for tiles, which are validated on. The loss
+            wants int64: eight times the bytes, which neither loader processes nor the device are to be sent.
         geometry: one per image, or tile.
         native_masks: ``(H, W)`` uint8 class indices at each image's own size; none in training.
         index: ``(B,)`` int64 items of the dataset, always on the CPU.
@@ -118,8 +120,8 @@ def collate_tiles(samples: list[TiledSample]) -> Batch:
     count, height, width, _ = sample.images.shape
     geometry = Geometry(original_size=sample.grid.tile, input_size=(height, width))
     return Batch(
-        torch.from_numpy(sample.images).permute(0, 3, 1, 2).contiguous(),
-        torch.empty(0, height, width, dtype=torch.int64),
+        _planes(sample.images),
+        torch.empty(0, height, width, dtype=torch.uint8),
         [geometry] * count,
         [torch.tensor(sample.native_mask)],  # as in `collate`
         torch.tensor([sample.index]),
@@ -130,12 +132,17 @@ def collate_tiles(samples: list[TiledSample]) -> Batch:
 def collate(samples: list[Sample]) -> Batch:
     """Stack samples of one input size into a batch."""
     return Batch(
-        torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2).contiguous(),
-        torch.from_numpy(np.stack([s.mask for s in samples]).astype(np.int64)),
+        _planes([s.image for s in samples]),
+        torch.from_numpy(np.stack([s.mask for s in samples])),
         [s.geometry for s in samples],
         [torch.tensor(s.native_mask) for s in samples],  # a copy: the cache's own is read-only
         torch.tensor([s.index for s in samples]),
     )
+
+
+def _planes(images: Iterable[NDArray[np.uint8]]) -> Tensor:
+    """Return images ``(h, w, 3)`` as ``(B, 3, h, w)``; OpenCV takes channels apart in half of PyTorch's time."""
+    return torch.from_numpy(np.stack([np.stack(cv2.split(image)) for image in images]).astype(np.uint8, copy=False))
 
 
 def collate_for_training(samples: list[Sample]) -> Batch:
@@ -201,8 +208,8 @@ class MaskDataset(Dataset[Sample]):
     def adopt(self, kept: DecodedFiles) -> None:
         """Move what was decoded of these rows before into the cache, masks encoded, as long as there is room.
 
-        Images go over one by one, so that memory never holds one twice. Loader processes that are not forked would not
-        find them: nothing is moved then.
+        Before loader processes are started: forked ones inherit it, others would not find it, so that nothing is moved
+        then. Images go over one by one: memory never holds one twice.
 
         Args:
             kept: What a check decoded.
@@ -244,7 +251,7 @@ class MaskDataset(Dataset[Sample]):
         image = image_of(self.table, row, before)
         mask = self._mask(row, before)
         if self.cache is not None:
-            self.cache.put(self.first_entry + row, image, mask)
+            self.cache.put(self.first_entry + row, image, mask, inherited=before is not None)
         return image, mask
 
 
