@@ -3,6 +3,8 @@
 Contenders take turns, each in a process of its own, so that a drift of the machine's speed hits all of them and peak
 memory is each one's own. Random weights, ViT-B by default, batch 1, random images; a step is forward and backward with
 the sum of the embeddings as loss. Run nothing else meanwhile. Medians over all rounds; ratios are to the first row.
+Two processes of the same work can differ by a tenth; a difference smaller than that shows with --together, in one
+process whose contenders take turns (no memory is measured then).
 
 Contenders (mode eval): ``ours``, ``segment_anything``, ``transformers-sdpa``, ``transformers-eager``, ``timm-vit`` (a
 plain ViT of the same width without relative positions). In mode step those with ``+lora`` or ``+conv_lora`` train; ours
@@ -143,24 +145,33 @@ def embeddings(output: Any) -> Tensor:
 
 def work(who: str, mode: str, encoder: str, side: int, precision: str, device: str, repeats: int) -> dict[str, float]:
     """Time one contender in this process."""
+    run = prepared(who, mode, encoder, side, precision, device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    times = [timed(run, device) for _ in range(repeats)]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    return {"seconds": statistics.median(times), "peak": peak / GIB}
+
+
+def prepared(who: str, mode: str, encoder: str, side: int, precision: str, device: str) -> Callable[[], None]:
+    """Build a contender and return what is timed, run once."""
     torch.manual_seed(0)
     model = build(who, encoder, side).to(device)
     images = torch.randn(1, 3, side, side, device=device)
     run = runner(model.train(mode == "step"), images, mode, torch.bfloat16 if precision == "bf16" else None)
     run()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(repeats):
-        synchronise(device)
-        start = time.perf_counter()
-        run()
-        synchronise(device)
-        times.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if device == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    return {"seconds": statistics.median(times), "peak": peak / GIB}
+    return run
+
+
+def timed(run: Callable[[], None], device: str) -> float:
+    """Return the seconds of one run."""
+    synchronise(device)
+    start = time.perf_counter()
+    run()
+    synchronise(device)
+    return time.perf_counter() - start
 
 
 def runner(model: nn.Module, images: Tensor, mode: str, autocast: torch.dtype | None) -> Callable[[], None]:
@@ -207,6 +218,23 @@ def compare(options: argparse.Namespace, mode: str, side: int) -> None:
         print(f"{name:32} {middle:8.2f} {spread:>15} {middle / first:6.2f} {peak:9.2f}", flush=True)
 
 
+def together(options: argparse.Namespace, mode: str, side: int) -> None:
+    """Let the contenders take turns in this process, and print what each takes of the first one's time."""
+    names = options.who or CONTENDERS[mode]
+    asked = options.encoder, side, options.precision, options.device
+    runs = {name: prepared(name, mode, *asked) for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(options.rounds):
+        for name in names if turn % 2 else names[::-1]:
+            seconds[name].append(timed(runs[name], options.device))
+    print(f"\n{' '.join(map(str, asked))} {mode}, {options.rounds} rounds in turns")
+    print(f"{'':32} {'seconds':>8} {'ratio of a round, median and quartiles':>40}")
+    for name in names:
+        ratios = [own / first for own, first in zip(seconds[name], seconds[names[0]], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        print(f"{name:32} {statistics.median(seconds[name]):8.2f} {middle:22.3f} ({low:.3f} to {high:.3f})")
+
+
 def parity(encoder: str, side: int, batch: int = 2, *, double: bool = False) -> None:
     """Print how far our embeddings and masks are from segment_anything's, on the same random weights and images.
 
@@ -242,16 +270,21 @@ def compare_outputs(encoder: str, model: SegmentationModel, upstream: Any, image
         theirs = upstream.image_encoder((images - upstream.pixel_mean) / upstream.pixel_std)
         ours = model.encoder(model.normalise(images))
         what = f"{encoder} at {images.shape[-1]}, batch {len(images)}, {images.dtype}"
-        apart = (ours - theirs).abs().max()
-        print(f"{what}: embeddings of size {theirs.abs().max():.1f} differ by {apart:.1e}", flush=True)
+        print(f"{what}: embeddings of size {theirs.abs().max():.1f} {differ(ours, theirs)}", flush=True)
         if images.dtype == torch.float32:
             dense = upstream.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1).expand_as(theirs[:1])
             position, sparse = upstream.prompt_encoder.get_dense_pe(), torch.zeros(1, 0, 256)
             decoder = upstream.mask_decoder
             masks = torch.cat([decoder.predict_masks(each[None], position, sparse, dense)[0] for each in theirs])
-            apart = (model.mask_decoder(ours, images).mask_logits - masks).abs().max()
-            print(f"mask logits of size {masks.abs().max():.1e} differ by {apart:.1e}", flush=True)
+            own = model.mask_decoder(ours, images).mask_logits
+            print(f"mask logits of size {masks.abs().max():.1e} {differ(own, masks)}", flush=True)
     return ours, theirs
+
+
+def differ(ours: Tensor, theirs: Tensor) -> str:
+    """Tell the largest difference, and as `torch.testing.assert_close` sees it where both tolerances are one."""
+    apart = (ours - theirs).abs()
+    return f"differ by {apart.max():.1e}, beside 1 + |value| by {(apart / (1 + theirs.abs())).max():.1e}"
 
 
 def main() -> None:
@@ -268,6 +301,7 @@ def main() -> None:
     parser.add_argument("--parity", action="store_true", help="compare values with segment_anything instead of times")
     parser.add_argument("--double", action="store_true", help="with --parity: in float64, too")
     parser.add_argument("--batch", type=int, default=2, help="with --parity: images")
+    parser.add_argument("--together", action="store_true", help="all in one process, for small differences")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.parity:
@@ -282,7 +316,7 @@ def main() -> None:
         return
     for side in options.size:
         for mode in options.mode:
-            compare(options, mode, side)
+            (together if options.together else compare)(options, mode, side)
 
 
 if __name__ == "__main__":

@@ -126,13 +126,12 @@ class Company(lightning.Callback):
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Go through the blocks with the others until none has a batch left."""
-        blocks = _shared_blocks(trainer)
         if self.hook is None:
             return
         self.hook.remove()
         self.hook = None
         while _count_running(self.encoder.blocks[0], False):
-            for block in blocks:
+            for block in _shared_blocks(trainer):
                 block.pass_by()
 
 
@@ -149,7 +148,7 @@ def companions(settings: Mapping[str, Any], encoder: Any, *, cached: bool) -> li
     """
     if not isinstance(settings.get("strategy"), FrozenSharing):
         return []
-    check_shareable(encoder, cached=cached and encoder.frozen_stage() > 0)
+    _check_shareable(encoder, cached=cached and encoder.frozen_stage() > 0)
     return [Company(encoder)]
 
 
@@ -166,7 +165,7 @@ def _count_running(block: nn.Module, runs: bool) -> int:
     return int(count)
 
 
-def check_shareable(encoder: Any, *, cached: bool) -> None:
+def _check_shareable(encoder: Any, *, cached: bool) -> None:
     """Refuse encoders of which no frozen weights can be shared out block by block.
 
     Args:
