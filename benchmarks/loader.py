@@ -193,6 +193,7 @@ def measure_loader(table: MaskTable, task: SegmentationTask, workers: int, round
             start, (loader, batches) = timed(partial(begun, make[side]))
             rest, _ = timed(partial(exhaust, batches))
             later, _ = timed(partial(exhaust, loader))
+            del loader, batches  # and its processes, beside which all that the next check writes to is copied first
             first = start[0] + rest[0], start[1] + rest[1]
             both = checked[0] + first[0], checked[1] + first[1]
             if turn:  # the one before fills the system's file cache

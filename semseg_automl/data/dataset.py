@@ -368,8 +368,8 @@ class MaskDataModule(lightning.LightningDataModule):
         drop_last: bool,
         collate_fn: Callable[[list[Any]], Batch] = collate,
     ) -> DataLoader[T]:
-        # No cv2.setNumThreads in `worker_init_fn`, where it is often called: in a process that was forked after OpenCV had
-        # worked in several threads it waits for ever. Left alone, OpenCV works there in the one thread that there is.
+        # No cv2.setNumThreads in `worker_init_fn`, where it is often called: in a process that was forked after OpenCV
+        # had worked in several threads it waits for ever. Left alone, OpenCV works there in the one thread there is.
         return DataLoader(
             data,
             batch_size=batch_size,
