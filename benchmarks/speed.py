@@ -304,6 +304,8 @@ def main() -> None:
     parser.add_argument("--together", action="store_true", help="all in one process, for small differences")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.together and options.rounds < 2:
+        parser.error("--together needs two rounds at least, for quartiles")
     if options.parity:
         parity(options.encoder, options.size[0], options.batch, double=options.double)
         return
