@@ -1,15 +1,19 @@
-"""Ways to compute attention on this processor, forward and backward: ``python -m benchmarks.attention``.
+"""Ways to compute attention on this processor, forward and backward: ``python -m benchmarks.attention [--choose]``.
 
 First plain against fused attention without positions (`attend`), then SAM's attention with relative positions: the
 formula as written, torch's fused attention with the bias as a mask, the bias as further dimensions of queries and keys,
-and in chunks, with different numbers of scores at a time. The last two are `semseg_automl.models.attention`.
+and in chunks, with different numbers of scores at a time. The last two are `semseg_automl.models.attention`. With
+--choose only what choosing between those two takes, once per process: SAM ViT-B at 1024 pixels, before a prediction and
+before a fit.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +21,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from semseg_automl.hardware import detect_hardware
 from semseg_automl.models import attention
+from semseg_automl.models.attention_choice import choose_attention
+from semseg_automl.models.sam import SAM_ENCODERS
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -80,8 +86,24 @@ def compare_relative(sequences: int, side: int, dtype: torch.dtype) -> None:
     print(f"{str(dtype)[6:]:9} {sequences:4} x {side:2} x {side:2} {row}", flush=True)
 
 
+def choose() -> None:
+    """Print what is chosen before a prediction and before a fit, and the seconds that takes."""
+    with torch.device("meta"):
+        encoder = SAM_ENCODERS["sam_vit_b"]()
+    about: dict[str, Any] = {"batch": 1, "device": torch.device("cpu"), "dtype": torch.float32}
+    for training in (False, True):
+        start = time.perf_counter()
+        said = choose_attention(encoder, (1024, 1024), training=training, **about)
+        print(f"{'fit' if training else 'prediction':10} {time.perf_counter() - start:.2f} s, {said}")
+
+
 def main() -> None:
     """Print one row per number format and number of tokens, then one per number format and grid."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--choose", action="store_true", help="time the choice alone")
+    if parser.parse_args().choose:
+        choose()
+        return
     print(f"{'dtype':10} {'tokens':>6} {'fused ms':>9} {'plain ms':>9} {'fused/plain':>11}")
     # Without its instructions bfloat16 is emulated, which takes minutes and which no plan asks for.
     for dtype in (torch.float32, torch.bfloat16) if detect_hardware().bf16 else (torch.float32,):
