@@ -196,9 +196,14 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def contenders(options: argparse.Namespace, mode: str) -> list[str]:
+    """Return who takes part: in evaluation nobody with a fine-tuning method."""
+    return [name for name in options.who or CONTENDERS[mode] if not (mode == "eval" and "+" in name)]
+
+
 def compare(options: argparse.Namespace, mode: str, side: int) -> None:
     """Let the contenders take turns and print their table."""
-    names = [n for n in (options.who or CONTENDERS[mode]) if not (mode == "eval" and "+" in n)]
+    names = contenders(options, mode)
     results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for _ in range(options.rounds):
         for name in names:
@@ -220,7 +225,7 @@ def compare(options: argparse.Namespace, mode: str, side: int) -> None:
 
 def together(options: argparse.Namespace, mode: str, side: int) -> None:
     """Let the contenders take turns in this process, and print what each takes of the first one's time."""
-    names = options.who or CONTENDERS[mode]
+    names = contenders(options, mode)
     asked = options.encoder, side, options.precision, options.device
     runs = {name: prepared(name, mode, *asked) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}

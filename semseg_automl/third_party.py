@@ -33,7 +33,7 @@ _SCHEMAS = (
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
 
-_libraries: list[object] = []  # torch.library objects: their registrations vanish when they are collected
+_libraries: list[object] = []  # of operators, whose registrations vanish when they are collected
 _ready = False
 
 
@@ -59,14 +59,15 @@ def _nms(dets: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 def _declare_operators() -> None:
     """Declare torchvision's compiled operators to torch, those that exist already left alone."""
     import torch
+    from torch import library
 
-    library = torch.library.Library("torchvision", "FRAGMENT")  # noqa: TOR901
+    operators = library.Library("torchvision", "FRAGMENT")  # noqa: TOR901
     for schema in _SCHEMAS:
         name = schema.partition("(")[0]
         if not hasattr(torch.ops.torchvision, name):
-            library.define(schema)
-    library.impl("nms", _nms, "CPU")
-    _libraries.append(library)
+            operators.define(schema)
+    operators.impl("nms", _nms, "CPU")
+    _libraries.append(operators)
 
 
 def make_torchvision_importable() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from semseg_automl.models import attention
 from semseg_automl.models.attention import (
@@ -80,7 +80,7 @@ def test_relative_attention__half_precision__is_near_float32(
 @pytest.mark.parametrize("prompts", [0, 5])
 def test_relative_attention__any_use__passes_torch_s_own_checks_of_an_operator(prompts: int) -> None:
     tensors = inputs((2, 3, 4, 8), torch.float64, prompts)
-    torch.library.opcheck(attention._chunked_attention, tuple(tensors))
+    library.opcheck(attention._chunked_attention, tuple(tensors))
 
 
 @pytest.mark.parametrize("length", [5, 9, 64])

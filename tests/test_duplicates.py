@@ -135,3 +135,13 @@ def test_find_copies__real_images_and_smaller_recompressed_copies__finds_each_an
     copies, pairs = find_copies(together, np.repeat([0, 1], 40))
     assert {copy.later - copy.earlier for copy in copies} == {40}
     assert len(copies) == pairs == told
+
+
+@pytest.mark.parametrize("changed", [(0, 0, 40), (slice(None), slice(None), 40), (slice(0, 24), slice(None), 7)])
+def test_pixel_digest__masks_of_other_values_or_outlines__differ(changed: tuple[slice | int, slice | int, int]) -> None:
+    mask = np.zeros((32, 32), np.uint8)
+    mask[16:] = 7
+    other = mask.copy()
+    other[changed[0], changed[1]] = changed[2]
+    assert pixel_digest(other) != pixel_digest(mask)
+    assert pixel_digest(mask) == pixel_digest(np.repeat(mask[:, :, None], 3, axis=2))

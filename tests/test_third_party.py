@@ -20,8 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # What the real package does when it is imported: it registers a shape function for an operator.
 REGISTER = """
 import torch
+from torch import library
 
-@torch.library.register_fake("torchvision::nms")
+@library.register_fake("torchvision::nms")
 def shape_of_nms(dets, scores, iou_threshold):
     return scores.new_empty(0, dtype=torch.long)
 """

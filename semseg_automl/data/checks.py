@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from semseg_automl.data.counting import Values
 from semseg_automl.data.encodings import NUMBERS, MaskEncoding
 from semseg_automl.data.images import read_image, read_stored_mask
 from semseg_automl.data.kept import DecodedFiles
@@ -118,6 +117,11 @@ def usable_rows(
     return usable, [result for result in results if isinstance(result, RowCheck)], dropped
 
 
+def has_areas(counts: Mapping[int, int], encoding: MaskEncoding) -> bool:
+    """Return whether a mask of these values, as counted, has areas worth measuring."""
+    return len(counts) <= MOST_VALUES and not encoding.unlisted
+
+
 def listed(head: str, problems: Sequence[str]) -> str:
     """Return a heading and a line for each problem, the first 20 in full."""
     more = len(problems) - LISTED_PROBLEMS
@@ -185,10 +189,9 @@ def _check_row(table: MaskTable, position: int, keep: DecodedFiles | None, *, me
         return wrong
     if keep is not None:
         keep.keep(table, position, image, mask)
-    values = Values(mask.values())
+    values = mask.values()
     counts, encoding = mask.survey(values)
-    few = len(counts) <= MOST_VALUES and not encoding.unlisted
-    widths = typical_widths(values.array) if measure and few else {}
+    widths = typical_widths(values.array) if measure and has_areas(counts, encoding) else {}
     return RowCheck(size=size, value_counts=counts, encoding=encoding, widths=widths)
 
 

@@ -43,7 +43,7 @@ class Values:
         """How many pixels have each value."""
         if self._few is not None:
             return self._few
-        return count_values(self.array) if self.runs is None else self.runs.counts()
+        return _count_many(self.array) if self.runs is None else self.runs.counts()
 
     @cached_property
     def areas(self) -> dict[int, int]:
@@ -164,8 +164,11 @@ def count_values(values: NDArray[Any]) -> dict[int, int]:
     >>> count_values(np.array([[7, 7], [300, 7]]))
     {7: 3, 300: 1}
     """
-    if (both := _two_values(values)) is not None:
-        return both
+    few = _two_values(values)
+    return _count_many(values) if few is None else few
+
+
+def _count_many(values: NDArray[Any]) -> dict[int, int]:
     if values.dtype == np.uint8:
         counts = _histogram(values)
         return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}

@@ -142,7 +142,8 @@ def collate(samples: list[Sample]) -> Batch:
 
 def _planes(images: Iterable[NDArray[np.uint8]]) -> Tensor:
     """Return images ``(h, w, 3)`` as ``(B, 3, h, w)``; OpenCV takes channels apart in half of PyTorch's time."""
-    return torch.from_numpy(np.stack([np.stack(cv2.split(image)) for image in images]).astype(np.uint8, copy=False))
+    planes = torch.from_numpy(np.stack([plane for image in images for plane in cv2.split(image)]))
+    return planes.view(-1, 3, *planes.shape[1:])
 
 
 def collate_for_training(samples: list[Sample]) -> Batch:

@@ -107,9 +107,9 @@ class StoredMask:
         colours: NDArray[np.int32] = table[self.pixels]
         return colours
 
-    def values(self) -> NDArray[np.uint8] | NDArray[np.int32]:
+    def values(self) -> Values:
         """Return the values ``(H, W)`` as they are counted: numbers, or packed colours."""
-        return pack(self.pixels.astype(np.uint8, copy=False)) if self.pixels.ndim == 3 else self.pixels
+        return Values(pack(self.pixels.astype(np.uint8, copy=False)) if self.pixels.ndim == 3 else self.pixels)
 
     def survey(self, values: Values | None = None) -> tuple[dict[int, int], MaskEncoding]:
         """Return how many pixels have each value, and what else decides on the meaning of a set of masks.
@@ -118,7 +118,7 @@ class StoredMask:
             values: What `values` gives, where the caller goes on with what is counted of them.
         """
         colours = self.pixels.ndim == 3
-        values = Values(self.values()) if values is None else values
+        values = self.values() if values is None else values
         counts = values.counts
         # Two values cannot be told from one another by smoothing; most masks have one or two.
         areas = counts if len(counts) <= 2 else values.areas

@@ -6,7 +6,7 @@ Not here: which values are classes (:mod:`semseg_automl.task`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import NamedTuple
 
 import cv2
@@ -102,7 +102,7 @@ def _extents_of_runs(runs: Runs) -> dict[int, tuple[Extent, ...]]:
 
 
 def count_small(
-    objects: Iterable[Extent], size: tuple[int, int], input_size: tuple[int, int], *, limit: float = SMALL
+    objects: Collection[Extent], size: tuple[int, int], input_size: tuple[int, int], *, limit: float = SMALL
 ) -> tuple[int, int]:
     """Return how many objects are smaller than `limit` pixels in both directions at the model's input, and all.
 
@@ -116,6 +116,5 @@ def count_small(
     (3, 4)
     """
     down, across = input_size[0] / size[0], input_size[1] / size[1]
-    found = list(objects)
-    small = sum(number for height, width, number in found if height * down < limit and width * across < limit)
-    return small, sum(number for _, _, number in found)
+    small = sum(number for height, width, number in objects if height * down < limit and width * across < limit)
+    return small, sum(number for _, _, number in objects)

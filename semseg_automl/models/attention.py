@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch.nn import functional as F  # noqa: N812
 
 Form = Literal["chunked", "fused"]
@@ -118,7 +118,7 @@ def _widened(*tensors: Tensor) -> Iterator[Tensor]:
 
 
 # An operator of its own, so that torch.compile takes it as one node and autograd does not look inside.
-@torch.library.custom_op("semseg_automl::relative_attention", mutates_args=())
+@library.custom_op("semseg_automl::relative_attention", mutates_args=())
 def _chunked_attention(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tensor) -> Tensor:
     """Compute `relative_attention` chunk by chunk."""
     dtype = q.dtype
@@ -129,7 +129,7 @@ def _chunked_attention(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: 
     return out
 
 
-@torch.library.custom_op("semseg_automl::relative_attention_backward", mutates_args=())
+@library.custom_op("semseg_automl::relative_attention_backward", mutates_args=())
 def _chunked_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
