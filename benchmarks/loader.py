@@ -7,13 +7,9 @@ counting the mask's values. As in a fit, the check comes before the first epoch,
 check has a column of its own, and one together with the first epoch. Later epochs find decoded images in memory. What
 passes until the first batch is there, processes started and what the check kept moved, is "start"; "first" has it too.
 
-`check_data` without its notes on files, and with its rules, takes turns with the same opening of every file, on which
-nothing else is done.
-
 The files can be enlarged to the sides that cameras give; benchmark sets are often made smaller.
 
-An epoch has a thousand rows at least: a folder of fewer is there several times under other names, for both sides. For
-`check_data`, to which these would be duplicates, each file is there once.
+An epoch has a thousand rows at least: a folder of fewer is there several times under other names, for both sides.
 
 Medians over rounds whose order alternates. Other programs on the machine slow both sides, so the ratios are what
 counts; threads, which ours uses where there are no loader processes, only help where a core is free.
@@ -23,19 +19,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import shutil
 import statistics
 import tempfile
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -44,7 +37,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from semseg_automl import SemanticSegmentor, check_data
+from benchmarks.check_speed import Seconds, Speed, enlarged, plain_check, report, speeds, timed
+from semseg_automl import SemanticSegmentor
 from semseg_automl.data.cache import ImageCache
 from semseg_automl.data.checks import check_rows
 from semseg_automl.data.dataset import MaskDataModule, MaskDataset
@@ -58,12 +52,6 @@ from semseg_automl.third_party import make_torchvision_importable
 SIZE = (256, 256)
 BATCH = 8
 CACHE_BYTES = 2**30
-
-Result = TypeVar("Result")
-Seconds = tuple[float, float]
-"""Of the clock, and of this process's processors, all threads together."""
-Speed = tuple[float, float]
-"""Images per second of the clock, and processor milliseconds per image (of loader processes: without theirs)."""
 
 
 class PlainDataset(Dataset[tuple[Tensor, Tensor]]):
@@ -90,31 +78,6 @@ class PlainDataset(Dataset[tuple[Tensor, Tensor]]):
         return self.transforms.to_tensor(image), torch.from_numpy(np.array(mask)).long()
 
 
-def plain_check(table: MaskTable) -> None:
-    """Open every file and look at sizes and values, one after another."""
-    for image_path, mask_path in zip(table.images, table.masks or (), strict=True):
-        image, mask = np.asarray(Image.open(str(image_path)).convert("RGB")), np.asarray(Image.open(str(mask_path)))
-        if image.shape[:2] != mask.shape[:2]:
-            raise ValueError(f"{mask_path}: {mask.shape} beside {image.shape}")
-        np.unique(mask, return_counts=True)
-
-
-def timed(work: Callable[[], Result]) -> tuple[Seconds, Result]:
-    """Return the seconds that `work` takes, and what it returns."""
-    wall, processor = time.perf_counter(), time.process_time()
-    result = work()
-    return (time.perf_counter() - wall, time.process_time() - processor), result
-
-
-def speeds(seconds: Mapping[str, Sequence[Seconds]], images: int) -> dict[str, Speed]:
-    """Return images per second of the clock, and processor milliseconds per image, by the medians of all rounds."""
-    found = {}
-    for name, rounds in seconds.items():
-        wall, processor = (statistics.median(column) for column in zip(*rounds, strict=True))
-        found[name] = images / wall, 1000 * processor / images
-    return found
-
-
 def at_least(rows: int, table: MaskTable, folder: Path) -> MaskTable:
     """Return a table of so many rows: links to its files, each of them as often as need be."""
     images: list[ImageSource] = []
@@ -127,27 +90,6 @@ def at_least(rows: int, table: MaskTable, folder: Path) -> MaskTable:
             link.symlink_to(source)
             found.append(str(link))
     return replace(table, images=tuple(images), masks=tuple(masks), index=pd.RangeIndex(len(images)))
-
-
-def enlarged(table: MaskTable, times: int, folder: Path) -> MaskTable:
-    """Return a table of copies of its files, of so many times the sides: photographs in JPEG, masks in PNG."""
-    folder.mkdir()
-    images: list[ImageSource] = []
-    masks: list[ImageSource] = []
-    for row, (image_path, mask_path) in enumerate(zip(table.images, table.masks or (), strict=True)):
-        with Image.open(str(image_path)) as image, Image.open(str(mask_path)) as mask:
-            size = image.width * times, image.height * times
-            images.append(str(folder / f"{row}.jpg"))
-            masks.append(str(folder / f"{row}.png"))
-            image.convert("RGB").resize(size, Image.Resampling.BICUBIC).save(str(images[-1]), quality=90)
-            mask.resize(size, Image.Resampling.NEAREST).save(str(masks[-1]))
-    return replace(table, images=tuple(images), masks=tuple(masks))
-
-
-def our_check(frame: pd.DataFrame, folder: Path) -> None:
-    """Check without what earlier checks found in the files."""
-    shutil.rmtree(folder / "checks", ignore_errors=True)
-    check_data(frame)
 
 
 def our_loader(table: MaskTable, task: SegmentationTask, workers: int, kept: DecodedFiles) -> DataLoader[Any]:
@@ -183,7 +125,7 @@ def measure_loader(table: MaskTable, task: SegmentationTask, workers: int, round
     kept = DecodedFiles(CACHE_BYTES)
     check: dict[str, Callable[[], object]] = {
         "ours": partial(check_rows, table, keep=kept),
-        "plain": partial(plain_check, table),
+        "plain": partial(plain_check, [table]),
     }
     make = {"ours": partial(our_loader, table, task, workers, kept), "plain": partial(plain_loader, table, workers)}
     seconds: dict[str, list[Seconds]] = defaultdict(list)
@@ -203,22 +145,6 @@ def measure_loader(table: MaskTable, task: SegmentationTask, workers: int, round
     return speeds(seconds, len(table) // BATCH * BATCH)
 
 
-def measure_check(table: MaskTable, folder: Path, rounds: int) -> dict[str, Speed]:
-    """Time `check_data`."""
-    frame = pd.DataFrame({"image": table.images, "label": table.masks})
-    sides: dict[str, Callable[[], object]] = {
-        "ours, check_data": partial(our_check, frame, folder),
-        "plain, check_data": partial(plain_check, table),
-    }
-    seconds: dict[str, list[Seconds]] = defaultdict(list)
-    for turn in range(rounds + 1):
-        for side in sides if turn % 2 else reversed(sides):
-            taken, _ = timed(sides[side])
-            if turn:
-                seconds[side].append(taken)
-    return speeds(seconds, len(table))
-
-
 def measure_training(folder: Path, workers: int) -> float:
     """Train the built-in encoder from scratch and return the median seconds of an epoch after the first."""
     asked = {"env.num_workers": workers, "optim.max_epochs": 4, "env.micro_batch_size": BATCH, "env.batch_size": BATCH}
@@ -234,7 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--sets", nargs="+", default=["kvasir_polyp", "camvid"])
-    parser.add_argument("--workers", nargs="*", type=int, default=[0, 2], help="none: only the check is measured")
+    parser.add_argument("--workers", nargs="*", type=int, default=[0, 2])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--rows", type=int, default=1000, help="of an epoch at least")
     parser.add_argument("--enlarge", type=int, default=1, help="times the sides that the files have")
@@ -247,16 +173,11 @@ def main() -> None:
 
 
 def measure_set(name: str, options: argparse.Namespace, place: Path) -> None:
-    """Measure one data set; `place` is for links and notes."""
-    os.environ["SEMSEG_AUTOML_CACHE"] = str(place)
-    (place / "links").mkdir()
-    once = read_table(options.data / name / "train.csv")  # files that are there several times would all be duplicates
+    """Measure one data set; `place` is for links."""
+    once = read_table(options.data / name / "train.csv")
     if options.enlarge > 1:
         once = enlarged(once, options.enlarge, place / "large")
-    report(name, f"check_data, {len(once)} rows", measure_check(once, place, options.rounds))
-    if not options.workers:
-        return
-    table = at_least(options.rows, once, place / "links")
+    table = at_least(options.rows, once, place)
     checks = check_rows(table)
     task = infer_task([check.value_counts for check in checks], encodings=[check.encoding for check in checks])
     for workers in options.workers:
@@ -265,17 +186,6 @@ def measure_set(name: str, options: argparse.Namespace, place: Path) -> None:
         for workers in options.workers:
             seconds = measure_training(options.data / name, workers)
             print(json.dumps({"set": name, "epoch_seconds": round(seconds, 2), "processes": workers}), flush=True)
-
-
-def report(name: str, what: str, measured: Mapping[str, Speed]) -> None:
-    """Print how fast each side is, and how many times the plain side ours is."""
-    times = {}
-    for side, (per_second, milliseconds) in measured.items():
-        if side.startswith("ours"):
-            plain = measured[side.replace("ours", "plain")]
-            times[side] = {"clock": round(per_second / plain[0], 2), "processor": round(plain[1] / milliseconds, 2)}
-    figures = {side: [round(speed[0]), round(speed[1], 2)] for side, speed in measured.items()}
-    print(json.dumps({"set": name, "what": what, "per_second_and_ms": figures, "times_plain": times}), flush=True)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,12 @@ import pandas as pd
 from semseg_automl.check_page import Card, Page, PageTable, View, plain_text, write_page
 from semseg_automl.config import load_config
 from semseg_automl.data.channels import as_channels
-from semseg_automl.data.checks import each_row
 from semseg_automl.data.colours import Colour, read_color_map
 from semseg_automl.data.counting import Values
 from semseg_automl.data.images import read_mask
 from semseg_automl.data.objects import extents
-from semseg_automl.data.survey import FileNotes, survey_table
+from semseg_automl.data.parallel import each_row
+from semseg_automl.data.survey import FileNotes, survey_tables
 from semseg_automl.data.table import MaskTable, TableSource, read_table
 from semseg_automl.errors import ConfigError, DataError
 from semseg_automl.findings import (
@@ -261,7 +261,8 @@ def check_data(
             tables[name] = read_table(data, split=split, known=known, **about)
     shown = sys.stdout.isatty()
     notes = FileNotes(cache_folder() / "checks")
-    splits = [Split(name, table, survey_table(table, notes, progress=shown)) for name, table in tables.items()]
+    seen = survey_tables(list(tables.values()), notes, progress=shown)
+    splits = [Split(name, tables[name], rows) for name, rows in zip(tables, seen, strict=True)]
     notes.close()
     report = _judged(splits, said, input_size, (notes.trouble,) if notes.trouble else ())
     if path is not None:
@@ -352,6 +353,7 @@ def _with_objects(
 ) -> list[LabelledRow]:
     """Measure the objects of masks whose stored values are not the classes, which only the task can tell."""
     tables = {split.name: split.table for split in splits}
+    as_they_are = {index: index for index in range(task.num_classes)}
 
     def measured(position: int) -> LabelledRow:
         row = rows[position]
@@ -361,7 +363,8 @@ def _with_objects(
         name = table.row_name(index)
         try:
             mask = read_mask(table.masks[index], name=name, colours=task.colours)
-            return replace(row, objects=extents(Values(task.encode(mask, name=name))))
+            objects = extents(Values(task.encode(mask, name=name)))
+            return replace(row, objects=objects, classes=as_they_are)
         except DataError:
             return row  # not of this task: `unknown_values` tells of it
 

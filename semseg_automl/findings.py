@@ -9,7 +9,7 @@ Not here: opening files, printing (:mod:`semseg_automl.checking`).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semseg_automl.data.duplicates import THUMBNAIL, find_copies
-from semseg_automl.data.objects import Extent, count_small
+from semseg_automl.data.objects import NUMBER, VALUE, are_small
 from semseg_automl.data.survey import MaskFacts, RowSurvey
 from semseg_automl.data.table import MaskTable
 from semseg_automl.errors import DataError
@@ -88,8 +88,10 @@ class LabelledRow:
     """Of each class."""
     ignored: int
     """Pixels without a label."""
-    objects: dict[int, tuple[Extent, ...]] | None
-    """Of each class; None where nobody has looked."""
+    objects: NDArray[np.int32] | None
+    """As :func:`semseg_automl.data.objects.extents` has them; None where nobody has looked."""
+    classes: Mapping[int, int]
+    """The class of each value that the objects have; others are of no class."""
 
     @cached_property
     def foreground(self) -> float:
@@ -120,14 +122,8 @@ def labelled_rows(task: SegmentationTask, splits: Sequence[Split]) -> list[Label
                     ignored += count
                 elif index is not None:
                     pixels[index] += count
-            objects = None
-            if mask.objects is not None and not task.snapped:
-                gathered: dict[int, tuple[Extent, ...]] = {}
-                for value, sizes in mask.objects.items():
-                    index = classes.get(value, IGNORE_INDEX)
-                    gathered[index] = gathered[index] + sizes if index in gathered else sizes
-                objects = gathered
-            found.append(LabelledRow(Place(split.name, row), mask, tuple(pixels), ignored, objects))
+            objects = None if task.snapped else mask.objects
+            found.append(LabelledRow(Place(split.name, row), mask, tuple(pixels), ignored, objects, classes))
     return found
 
 
@@ -336,13 +332,10 @@ def small_objects(
     Returns:
         Findings, and for each split and class: small objects, all objects, images with small ones.
     """
-    counts = {row.place.split: [(0, 0, 0)] * task.num_classes for row in rows}
-    for row in rows:
-        for index, objects in (row.objects or {}).items():
-            if index < task.num_classes:
-                small, total = count_small(objects, row.mask.size, input_size)
-                before = counts[row.place.split][index]
-                counts[row.place.split][index] = (before[0] + small, before[1] + total, before[2] + (small > 0))
+    counts = {
+        split: _count_small([row for row in rows if row.place.split == split], task.num_classes, input_size)
+        for split in dict.fromkeys(row.place.split for row in rows)
+    }
     found = []
     for split, by_class in counts.items():
         own = [row for row in rows if row.place.split == split]
@@ -363,6 +356,32 @@ def small_objects(
         level: Level = "warning" if small >= MANY_SMALL * total else "note"
         found.append(Finding(Place(split, None), level, "small objects", text))
     return found, counts
+
+
+def _count_small(
+    rows: Sequence[LabelledRow], classes: int, input_size: tuple[int, int]
+) -> list[tuple[int, int, int]]:
+    """Count for each class small objects, all objects, and images with small ones."""
+    counts = np.zeros((classes, 3), np.int64)
+    groups: dict[tuple[bool, bool, tuple[int, ...]], list[tuple[LabelledRow, NDArray[np.int32]]]] = defaultdict(list)
+    for row in rows:
+        if row.objects is not None:  # in a group, a value means the same everywhere
+            stored = row.mask.encoding
+            groups[bool(row.classes), stored.colours, stored.palette].append((row, row.objects))
+    for group in groups.values():
+        objects = np.concatenate([own for _, own in group])
+        image = np.repeat(np.arange(len(group)), [len(own) for _, own in group])
+        sizes = np.array([row.mask.size for row, _ in group])[image]
+        meant = {value: index for row, _ in group for value, index in row.classes.items()} or {0: IGNORE_INDEX}
+        values, indices = np.array(sorted(meant.items())).T
+        at = np.searchsorted(values, objects[:, VALUE]).clip(max=len(values) - 1)
+        index = np.where(values[at] == objects[:, VALUE], indices[at], IGNORE_INDEX)
+        labelled = index < classes
+        small = labelled & are_small(objects, sizes, input_size)
+        for column, chosen in enumerate((small, labelled)):
+            counts[:, column] += np.bincount(index[chosen], objects[chosen, NUMBER], classes).astype(np.int64)
+        counts[:, 2] += np.bincount(np.unique(image[small] * classes + index[small]) % classes, minlength=classes)
+    return [(few, total, images) for few, total, images in counts.tolist()]
 
 
 def object_classes(task: SegmentationTask) -> range:

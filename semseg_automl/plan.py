@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from semseg_automl.adaptation import choose_learning_rate, choose_method, has_frozen_prefix
 from semseg_automl.capacity import fit_to_machine
 from semseg_automl.config import Config, resolve
-from semseg_automl.data.sampling import class_repeats
+from semseg_automl.data.repeats import class_repeats
 from semseg_automl.errors import ConfigError, UnsupportedCombination, check_known
 from semseg_automl.fingerprint import ClassShare
 from semseg_automl.framing import LARGE_SIDE, auto_area, choose_framing, unrepeated_views

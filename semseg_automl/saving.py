@@ -13,12 +13,12 @@ import torch
 from semseg_automl.bundle import Bundle, save_bundle
 from semseg_automl.callbacks import TrainingResult
 from semseg_automl.errors import BundleError
+from semseg_automl.expert_chart import save_expert_usage
 from semseg_automl.fingerprint import Fingerprint
 from semseg_automl.forecast import Forecast, compared, taken
 from semseg_automl.meters import peak_bytes
 from semseg_automl.peft.usage import usage_summary
 from semseg_automl.processes import meet
-from semseg_automl.report import save_expert_usage
 from semseg_automl.resume import FOLDER, end_run
 from semseg_automl.soup import Weights
 

@@ -25,7 +25,7 @@ from semseg_automl.data.cache import ImageCache
 from semseg_automl.data.crops import CropRule
 from semseg_automl.data.dataset import Batch, MaskDataModule, MaskDataset
 from semseg_automl.data.kept import DecodedFiles
-from semseg_automl.data.sampling import row_repeats
+from semseg_automl.data.repeats import row_repeats
 from semseg_automl.data.table import MaskTable
 from semseg_automl.features import FeatureCache, feature_caches
 from semseg_automl.losses import CRITERIA

@@ -20,7 +20,7 @@ from semseg_automl.data.channels import as_channels
 from semseg_automl.data.checks import check_rows
 from semseg_automl.data.images import image_size, read_image, read_mask, write_png
 from semseg_automl.data.kept import DecodedFiles
-from semseg_automl.data.survey import FileNotes, survey_table
+from semseg_automl.data.survey import FileNotes, survey_tables
 from semseg_automl.data.table import MaskTable, read_images
 from semseg_automl.errors import ConfigError, DataError
 from semseg_automl.resume import row_name
@@ -204,7 +204,7 @@ def test_survey__other_channels_of_a_known_file__are_looked_at(tmp_path: Path) -
     for channels in ((0, 1, 2), (3, 4, 5), (0, 1, 2)):
         notes = FileNotes(tmp_path / "notes")
         table = MaskTable((str(tmp_path / "a.npy"),), None, pd.RangeIndex(1), channels=channels)
-        (found,) = survey_table(table, notes, workers=1)
+        ((found,),) = survey_tables([table], notes, workers=1)
         notes.close()
         assert found.image is not None
         digests.append(found.image.digest)

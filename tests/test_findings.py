@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from numpy.typing import NDArray
 
-from semseg_automl.data.survey import survey_table
+from semseg_automl.data.survey import survey_tables
 from semseg_automl.data.table import read_table
 from semseg_automl.findings import (
     Finding,
@@ -50,7 +50,7 @@ def blob(seed: int, value: int = 255, side: int = 48) -> NDArray[np.uint8]:
 
 def split_of(name: str, images: list[Array], masks: list[Array]) -> Split:
     table = read_table(pd.DataFrame({"image": images, "label": masks}))
-    return Split(name, table, survey_table(table, workers=1))
+    return Split(name, table, survey_tables([table], workers=1)[0])
 
 
 def usual(name: str, seeds: range) -> Split:
@@ -78,7 +78,9 @@ def test_labelled_rows__ignored_and_unknown_values__count_as_no_class() -> None:
     assert row.pixels == (41 * 48, 0, 4 * 48)
     assert row.ignored == 2 * 48
     assert row.objects is not None
-    assert row.objects[2] == ((4, 48, 1),)
+    assert [2, 4, 48, 1] in row.objects.tolist()
+    assert row.classes[2] == 2
+    assert 9 not in row.classes
 
 
 def test_labelled_rows__unusable_row__is_left_out() -> None:
@@ -263,6 +265,18 @@ def test_small_objects__specks_beside_objects__level_follows_their_share(specks:
     assert "64 x 64" in found.message
     bigger, _ = small_objects(BINARY, rows, (256, 256))
     assert bigger == []
+
+
+def test_small_objects__several_splits_and_kinds_of_masks__are_counted_by_class() -> None:
+    masks = [np.zeros((64, 64), np.uint8) for _ in range(4)]
+    masks[0][0, 0], masks[0][9, 9:20] = 1, 2  # a speck of class 1, and a line of class 2
+    masks[1][0, :20:2] = 2  # ten specks of class 2
+    masks[2][:2, :2], masks[2][50, 50] = 1, 9  # as small, and of no class
+    masks[3][5, 5] = 255  # without a label
+    images = [scene(seed, 64) for seed in range(4)]
+    splits = [split_of("train", images[:3], masks[:3]), split_of("val", images[3:], masks[3:])]
+    _, counts = small_objects(THREE, labelled_rows(THREE, splits), (64, 64))
+    assert counts == {"train": [(0, 3, 0), (2, 2, 2), (10, 11, 1)], "val": [(0, 1, 0), (0, 0, 0), (0, 0, 0)]}
 
 
 def test_object_classes__background__is_no_object() -> None:

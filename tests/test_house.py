@@ -34,10 +34,11 @@ LAYERS = [
     "confusion weighted_f",
     "boundaries saliency_scores",
     "capacity choosing peft losses metrics",
-    "data.table data.kept data.checks data.survey data.transforms data.crops data.sampling data.synthetic",
+    "data.table data.kept data.parallel data.checks data.survey data.transforms data.crops data.sampling data.repeats"
+    " data.synthetic",
     "data.dataset data.splits adaptation framing uncertainty calibration fingerprint report",
     "plan findings strata review report_charts",
-    "build features callbacks memory planning portfolio",
+    "build features callbacks memory planning portfolio expert_chart",
     "resume rehearsal",
     "trackers slices probing",
     "trainer_options forecast",
@@ -474,3 +475,10 @@ def test_help__command_line__loads_nothing_slow() -> None:
     assert loaded & SLOW_TO_IMPORT == set()
     for command in ("fit", "evaluate", "predict", "check", "demo", "info"):
         assert command in result.stdout
+
+
+def test_import__check_data__loads_no_trainer_and_no_tracer() -> None:
+    unused = {"lightning", "torchmetrics", "torchvision", "timm", "torch._dynamo", "sklearn", "optuna"}
+    result = run_python(f"import sys; from {PACKAGE} import check_data; print(*(sys.modules.keys() & {unused!r}))")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [], "they take as long to import as a thousand files to check"

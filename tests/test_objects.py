@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import cv2
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from semseg_automl.data import counting
 from semseg_automl.data import objects as module
 from semseg_automl.data.counting import Values
-from semseg_automl.data.objects import Extent, count_small, extents
+from semseg_automl.data.objects import are_small, extents
 
 
 def test_extents__two_values_with_several_areas__gives_sizes_and_numbers() -> None:
@@ -21,19 +22,16 @@ def test_extents__two_values_with_several_areas__gives_sizes_and_numbers() -> No
     mask[6:9, 2:8] = 5
     mask[10, 15] = 5
     mask[2, 12:14] = 9
-    found = extents(Values(mask))
-    assert found[5] == (Extent(1, 1, 1), Extent(3, 6, 2))
-    assert found[9] == (Extent(1, 2, 1),)
-    assert found[0] == (Extent(12, 20, 1),)
+    assert extents(Values(mask)).tolist() == [[0, 12, 20, 1], [5, 1, 1, 1], [5, 3, 6, 2], [9, 1, 2, 1]]
 
 
 def test_extents__pixels_touching_at_a_corner__are_one_object() -> None:
-    assert extents(Values(np.eye(5, dtype=np.uint8)))[1] == (Extent(5, 5, 1),)
+    assert extents(Values(np.eye(5, dtype=np.uint8)))[-1].tolist() == [1, 5, 5, 1]
 
 
 def test_extents__numbers_beyond_eight_bits__are_kept_apart() -> None:
     mask = np.array([[70_000, 70_000, -1], [0, 0, -1]], np.int32)
-    assert extents(Values(mask)) == {70_000: (Extent(1, 2, 1),), -1: (Extent(2, 1, 1),), 0: (Extent(1, 2, 1),)}
+    assert extents(Values(mask)).tolist() == [[-1, 2, 1, 1], [0, 1, 2, 1], [70_000, 1, 2, 1]]
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32])
@@ -44,22 +42,24 @@ def test_extents__noise_and_blocks__are_those_of_each_value_alone(dtype: type, b
         height, width, kinds = rng.integers(1, 16, 3)
         small = rng.integers(-3 if dtype is np.int32 else 0, kinds, (height, width))
         mask: NDArray[Any] = np.kron(small, np.ones((block, block), np.int64)).astype(dtype)
-        expected: dict[int, list[Extent]] = {}
-        for value in np.unique(mask).tolist():
-            stats = cv2.connectedComponentsWithStats((mask == value).astype(np.uint8), connectivity=8)[2][1:]
-            sizes, numbers = np.unique(stats[:, [3, 2]], axis=0, return_counts=True)
-            expected[value] = [Extent(*map(int, row)) for row in np.column_stack([sizes, numbers])]
-        assert {value: list(found) for value, found in extents(Values(mask)).items()} == expected
+        found = extents(Values(mask))
+        assert found.dtype == np.int32
+        assert found.tolist() == each_alone(mask)
 
 
-def each_alone(mask: NDArray[Any]) -> dict[int, tuple[Extent, ...]]:
+def each_alone(mask: NDArray[Any]) -> list[list[int]]:
     """Return the extents as OpenCV's labelling of one value after the other has them."""
-    found = {}
+    found = []
     for value in np.unique(mask).tolist():
         stats = cv2.connectedComponentsWithStats((mask == value).astype(np.uint8), connectivity=8)[2][1:]
         sizes, numbers = np.unique(stats[:, [3, 2]], axis=0, return_counts=True)
-        found[value] = tuple(Extent(*map(int, row)) for row in np.column_stack([sizes, numbers]))
+        found += [[value, *map(int, row)] for row in np.column_stack([sizes, numbers])]
     return found
+
+
+def one_by_one(measure: Callable[[NDArray[Any], int], NDArray[np.int32]], mask: NDArray[Any]) -> list[list[int]]:
+    """Return what is measured of one value after the other."""
+    return [row for value in np.unique(mask).tolist() for row in measure(mask, value).tolist()]
 
 
 def rings(side: int, values: int) -> NDArray[np.uint8]:
@@ -103,13 +103,13 @@ def test_extents__odd_masks__are_the_same_by_outlines_runs_and_labels(
 ) -> None:
     mask = ODD[name]
     expected = each_alone(mask)
-    assert extents(Values(mask)) == expected
-    assert {value: module._outlined(mask == value) for value in expected} == expected
-    assert {value: module._boxes(mask == value) for value in expected} == expected
+    assert extents(Values(mask)).tolist() == expected
+    assert one_by_one(module._outlined, mask) == expected
+    assert one_by_one(module._boxes, mask) == expected
     monkeypatch.setattr(counting, "SHORT_RUNS", 1)
     runs = Values(mask).runs
     assert runs is not None
-    assert module._extents_of_runs(runs) == expected
+    assert module._extents_of_runs(runs).tolist() == expected
 
 
 @pytest.mark.parametrize("values", [2, 4, 5, 9])
@@ -122,9 +122,9 @@ def test_extents__random_areas__are_the_same_by_outlines_runs_and_labels(values:
         runs = Values(mask).runs
         assert runs is not None
         expected = each_alone(mask)
-        assert extents(Values(mask)) == expected
-        assert module._extents_of_runs(runs) == expected
-        assert {value: module._outlined(mask == value) for value in expected} == expected
+        assert extents(Values(mask)).tolist() == expected
+        assert module._extents_of_runs(runs).tolist() == expected
+        assert one_by_one(module._outlined, mask) == expected
 
 
 @pytest.mark.parametrize(
@@ -138,26 +138,36 @@ def test_extents__few_values_many_or_noise__are_measured_each_in_its_way(
     rng = np.random.default_rng(0)
     areas = np.kron(rng.integers(0, values or 1, (6, 6)), np.ones((9, 9), np.int64)).astype(np.uint8)
     mask = areas if values else rng.integers(0, 2, (40, 40)).astype(np.uint8)
-    assert extents(Values(mask)) == each_alone(mask)
+    assert extents(Values(mask)).tolist() == each_alone(mask)
 
 
 def test_extents__more_runs_than_memory_is_for__are_measured_value_by_value(monkeypatch: pytest.MonkeyPatch) -> None:
     mask = np.kron(np.random.default_rng(0).integers(0, 3, (6, 6)), np.ones((9, 9), np.int64)).astype(np.uint8)
     monkeypatch.setattr(counting, "MOST_RUNS", 3)
     monkeypatch.setattr(module, "_outlined", None)
-    assert extents(Values(mask)) == each_alone(mask)
+    assert extents(Values(mask)).tolist() == each_alone(mask)
 
 
-def test_count_small__object_of_the_limit__is_not_small() -> None:
-    objects = (Extent(16, 16, 2), Extent(15, 15, 3))
-    assert count_small(objects, (400, 400), (100, 100)) == (3, 5)
+def small_ones(objects: list[tuple[int, int]], size: tuple[int, int]) -> list[bool]:
+    """Return which objects of an image are small at an input of 100 x 100 pixels."""
+    told = np.array([(1, *object_size, 1) for object_size in objects], np.int32)
+    return [bool(small) for small in are_small(told, np.array(size), (100, 100))]
 
 
-@pytest.mark.parametrize(("extent", "small"), [(Extent(100, 2, 1), 0), (Extent(2, 100, 1), 0), (Extent(2, 2, 1), 1)])
-def test_count_small__long_and_thin__is_no_small_object(extent: Extent, small: int) -> None:
-    assert count_small([extent], (400, 400), (100, 100)) == (small, 1)
+def test_are_small__object_of_the_limit__is_not_small() -> None:
+    assert small_ones([(16, 16), (15, 15)], (400, 400)) == [False, True]
 
 
-def test_count_small__image_of_another_aspect_ratio__each_side_has_its_scale() -> None:
-    assert count_small([Extent(6, 6, 1)], (100, 400), (100, 100)) == (0, 1)
-    assert count_small([Extent(3, 15, 1)], (100, 400), (100, 100)) == (1, 1)
+def test_are_small__long_and_thin__is_no_small_object() -> None:
+    assert small_ones([(100, 2), (2, 100), (2, 2)], (400, 400)) == [False, False, True]
+
+
+def test_are_small__image_of_another_aspect_ratio__each_side_has_its_scale() -> None:
+    assert small_ones([(6, 6), (3, 15)], (100, 400)) == [False, True]
+
+
+def test_are_small__images_of_several_sizes__each_object_has_its_own() -> None:
+    objects = np.array([[0, 15, 15, 2], [0, 15, 15, 3], [7, 20, 3, 1]], np.int32)
+    sizes = np.array([[400, 400], [100, 400], [800, 100]])
+    assert are_small(objects, sizes, (100, 100)).tolist() == [True, False, True]
+    assert are_small(objects, sizes, (100, 100), limit=2.0).tolist() == [False, False, False]

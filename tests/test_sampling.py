@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from semseg_automl import SemanticSegmentor
 from semseg_automl.data.images import write_png
-from semseg_automl.data.sampling import MOST_REPEATS, ViewSampler, class_repeats, row_repeats
+from semseg_automl.data.repeats import MOST_REPEATS, class_repeats, row_repeats
+from semseg_automl.data.sampling import ViewSampler
 from semseg_automl.data.table import read_table
 from semseg_automl.processes import Processes
 from semseg_automl.training import data_module

@@ -12,7 +12,6 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from semseg_automl.data import checks as checks_module
 from semseg_automl.data.checks import RowCheck, check_rows
 from semseg_automl.data.images import write_png
 from semseg_automl.data.table import MaskTable, read_images, read_table
@@ -276,8 +275,3 @@ def test_tables__of_real_data__are_read_checked_and_explained(
     table = read_table(shared(f"data/{name}/val.csv"))
     task = infer_task([check.value_counts for check in check_rows(table)])
     assert (task.values, task.ignore_values) == (values, ignored)
-
-
-def test_check_rows__default_workers__are_the_processors_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
-    assert checks_module._processors() == 3

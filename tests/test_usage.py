@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from semseg_automl import SemanticSegmentor, draw_dataset
+from semseg_automl.expert_chart import EXPERT_USAGE
 from semseg_automl.models.tiny_vit import TinyViT
 from semseg_automl.peft.conv_lora import ConvLora, ConvLoraLinear
 from semseg_automl.peft.lora import Lora
@@ -25,7 +26,6 @@ from semseg_automl.peft.usage import (
     layer_labels,
     usage_summary,
 )
-from semseg_automl.report import EXPERT_USAGE
 
 SETTINGS: dict[str, Any] = {
     "model.input_size": 32,

@@ -7,16 +7,13 @@ Not here: decoding files (:mod:`semseg_automl.data.images`), what else may be wr
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from semseg_automl.data.encodings import NUMBERS, MaskEncoding
 from semseg_automl.data.images import read_image, read_stored_mask
 from semseg_automl.data.kept import DecodedFiles
+from semseg_automl.data.parallel import each_row
 from semseg_automl.data.table import MaskTable
 from semseg_automl.data.widths import typical_widths
 from semseg_automl.errors import DataError
@@ -29,14 +26,6 @@ MOST_VALUES = 40
 
 MEASURED_ROWS = 100
 """Masks of a table, evenly spread, in which widths are measured; more would hardly move the median."""
-
-MOST_AT_ONCE = 16
-"""Rows that a thread takes at once."""
-
-SHARES = 8
-"""Times that a thread takes rows, at least, so that all are busy until the end."""
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -129,25 +118,6 @@ def listed(head: str, problems: Sequence[str]) -> str:
     return "\n- ".join([head, *problems[:LISTED_PROBLEMS], *rest])
 
 
-def each_row(
-    work: Callable[[int], Result], rows: int, *, workers: int | None, progress: bool, title: str = "checking images"
-) -> list[Result]:
-    """Return ``work(0)``, ``work(1)``, ... computed in threads; decoding leaves Python's lock free."""
-    workers = workers or _processors()
-    # Several rows at a time: to hand over a task takes a thread some 50 microseconds, in which others wait.
-    step = max(1, min(MOST_AT_ONCE, rows // (SHARES * workers)))
-
-    def part(start: int) -> list[Result]:
-        return [work(row) for row in range(start, min(start + step, rows))]
-
-    results: list[Result] = []
-    with ThreadPoolExecutor(workers) as pool, _progress_bar(rows, progress, title) as advance:
-        for found in pool.map(part, range(0, rows, step)):
-            results += found
-            advance(len(found))
-    return results
-
-
 def size_mismatch(table: MaskTable, position: int, image: tuple[int, int], mask: tuple[int, int]) -> str | None:
     """Return what is wrong where image and mask of a row have two sizes (height, width), else None."""
     if image == mask:
@@ -194,20 +164,3 @@ def _check_row(table: MaskTable, position: int, keep: DecodedFiles | None, *, me
     widths = typical_widths(values.array) if measure and has_areas(counts, encoding) else {}
     return RowCheck(size=size, value_counts=counts, encoding=encoding, widths=widths)
 
-
-def _processors() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-@contextmanager
-def _progress_bar(total: int, shown: bool, title: str) -> Iterator[Callable[[int], None]]:
-    if not shown:
-        yield lambda rows: None
-        return
-    from rich.progress import Progress
-
-    with Progress(transient=True) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda rows: bar.advance(task, rows)

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from semseg_automl.data.cache import ImageCache
-from semseg_automl.data.checks import each_row
 from semseg_automl.data.crops import CropRule, cut, draw_corner
 from semseg_automl.data.kept import DecodedFiles, image_of, mask_of
+from semseg_automl.data.parallel import each_row
 from semseg_automl.data.sampling import ViewSampler
 from semseg_automl.data.table import MaskTable
 from semseg_automl.data.transforms import Geometry, augment, resize, resize_mask

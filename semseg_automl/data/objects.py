@@ -6,8 +6,7 @@ Not here: which values are classes (:mod:`semseg_automl.task`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
-from typing import NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
@@ -25,54 +24,53 @@ less than one of them."""
 FEW_VALUES = 4
 """Values up to which it takes less time to follow their outlines than to join runs."""
 
-
-class Extent(NamedTuple):
-    """Objects whose upright bounding boxes have one size."""
-
-    height: int
-    width: int
-    number: int
+VALUE, HEIGHT, WIDTH, NUMBER = range(4)
+"""Columns of extents."""
 
 
-def extents(values: Values) -> dict[int, tuple[Extent, ...]]:
-    """Return the sizes of the connected areas of each value of a mask, in pixels.
+def extents(values: Values) -> NDArray[np.int32]:
+    """Return the sizes of the connected areas of each value of a mask.
 
     Pixels that touch at a corner belong together.
 
-    >>> extents(Values(np.array([[1, 0, 0], [0, 1, 0], [0, 0, 0]], np.uint8)))[1]
-    (Extent(height=2, width=2, number=1),)
+    Returns:
+        ``(N, 4)``: a value, height and width in pixels of upright bounding boxes, and how many areas have them; in
+        order.
+
+    >>> extents(Values(np.array([[1, 0, 0], [0, 1, 0], [0, 0, 0]], np.uint8)))
+    array([[0, 3, 3, 1],
+           [1, 2, 2, 1]], dtype=int32)
     """
     if len(values.counts) > FEW_VALUES and values.runs is not None:
         return _extents_of_runs(values.runs)
     measure = _boxes if values.noisy else _outlined
-    return {value: measure(values.array == value) for value in sorted(values.counts)}
+    return np.concatenate([measure(values.array, value) for value in sorted(values.counts)])
 
 
-def _outlined(of_value: NDArray[np.bool_]) -> tuple[Extent, ...]:
-    """Return the sizes of the connected areas of what is true, from their outlines.
+def _outlined(mask: NDArray[Any], value: int) -> NDArray[np.int32]:
+    """Return the extents of the connected areas of a value, from their outlines.
 
     An outline takes memory for its corners, so that this is not for noise.
     """
     # Outlines of holes have a parent; areas within the holes have none.
-    outlines, tree = cv2.findContours(of_value.view(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    outlines, tree = cv2.findContours((mask == value).view(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     parents = tree[0, :, 3].tolist()
     boxes = [cv2.boundingRect(line) for line, parent in zip(outlines, parents, strict=True) if parent < 0]
     numbers = Counter((high, wide) for _, _, wide, high in boxes)
-    return tuple(Extent(high, wide, number) for (high, wide), number in sorted(numbers.items()))
+    return np.array([(value, high, wide, number) for (high, wide), number in sorted(numbers.items())], np.int32)
 
 
-def _boxes(of_value: NDArray[np.bool_]) -> tuple[Extent, ...]:
+def _boxes(mask: NDArray[Any], value: int) -> NDArray[np.int32]:
     """Do as `_outlined` does with memory and time that do not grow with the number of areas, for noise."""
-    pixels = of_value.view(np.uint8)
+    pixels = (mask == value).view(np.uint8)
     left, top, width, height = cv2.boundingRect(pixels)
     part = pixels[top : top + height, left : left + width]
     stats = cv2.connectedComponentsWithStats(part, connectivity=8)[2][1:]  # the first is all other values
     sizes, numbers = np.unique(stats[:, [cv2.CC_STAT_HEIGHT, cv2.CC_STAT_WIDTH]], axis=0, return_counts=True)
-    pairs = zip(sizes.tolist(), numbers.tolist(), strict=True)
-    return tuple(Extent(high, wide, number) for (high, wide), number in pairs)
+    return np.column_stack([np.full(len(sizes), value), sizes, numbers]).astype(np.int32)
 
 
-def _extents_of_runs(runs: Runs) -> dict[int, tuple[Extent, ...]]:
+def _extents_of_runs(runs: Runs) -> NDArray[np.int32]:
     """Do as `extents` does for all values together; to follow outlines takes time for each of them."""
     height, width = runs.shape
     above, below = runs.pairs
@@ -93,28 +91,25 @@ def _extents_of_runs(runs: Runs) -> dict[int, tuple[Extent, ...]]:
     # One number for value and sides: NumPy sorts numbers faster than triples.
     high, wide = bottom - top + 1, right - left + 1
     kinds, numbers = np.unique((value * (height + 1) + high) * (width + 1) + wide, return_counts=True)
-    found: dict[int, list[Extent]] = {}
-    for kind, times in zip(kinds.tolist(), numbers.tolist(), strict=True):
-        side, across = divmod(kind, width + 1)
-        of_value, down = divmod(side, height + 1)
-        found.setdefault(of_value, []).append(Extent(down, across, times))
-    return {each: tuple(sizes) for each, sizes in found.items()}
+    sides, wide = np.divmod(kinds, width + 1)
+    value, high = np.divmod(sides, height + 1)
+    return np.column_stack([value, high, wide, numbers]).astype(np.int32)
 
 
-def count_small(
-    objects: Collection[Extent], size: tuple[int, int], input_size: tuple[int, int], *, limit: float = SMALL
-) -> tuple[int, int]:
-    """Return how many objects are smaller than `limit` pixels in both directions at the model's input, and all.
+def are_small(
+    objects: NDArray[np.int32], sizes: NDArray[np.integer[Any]], input_size: tuple[int, int], *, limit: float = SMALL
+) -> NDArray[np.bool_]:
+    """Return of which :func:`extents` the areas are below `limit` pixels in both directions at the model's input.
 
     Args:
-        objects: The objects of an image.
-        size: Height and width of the image.
-        input_size: Height and width that it is resized to.
+        objects: ``(N, 4)``.
+        sizes: Height and width of the image of each, ``(N, 2)``, or of the image of all, ``(2,)``.
+        input_size: Height and width that they are resized to.
         limit: In pixels of the input.
 
-    >>> count_small([Extent(10, 10, 3), Extent(50, 2, 1)], (1000, 1000), (256, 256))
-    (3, 4)
+    >>> are_small(np.array([[1, 10, 10, 3], [1, 50, 2, 1]], np.int32), np.array([1000, 1000]), (256, 256))
+    array([ True, False])
     """
-    down, across = input_size[0] / size[0], input_size[1] / size[1]
-    small = sum(number for height, width, number in objects if height * down < limit and width * across < limit)
-    return small, sum(number for _, _, number in objects)
+    seen = objects[:, HEIGHT : WIDTH + 1] * (input_size / sizes)
+    small: NDArray[np.bool_] = (seen[:, 0] < limit) & (seen[:, 1] < limit)
+    return small

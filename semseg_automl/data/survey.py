@@ -1,4 +1,4 @@
-"""What is in every file of a table, each opened once, in threads; what is known of unchanged files is kept on disk.
+"""What is in every file of some tables, each opened once; what is known of unchanged files is kept on disk.
 
 The notes are one JSON file for each folder of images, by name, time of change and size of each file. They are only a
 short cut: where they cannot be read or written, everything is opened again.
@@ -19,16 +19,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from semseg_automl.data.channels import Channels
-from semseg_automl.data.checks import RowCheck, each_row, has_areas, size_mismatch
+from semseg_automl.data.checks import RowCheck, has_areas, size_mismatch
 from semseg_automl.data.duplicates import THUMBNAIL, bytes_digest, pixel_digest, small_picture
 from semseg_automl.data.encodings import MaskEncoding
 from semseg_automl.data.images import ImageSource, glance, read_stored_mask
-from semseg_automl.data.objects import Extent, extents
+from semseg_automl.data.objects import extents
+from semseg_automl.data.parallel import each_row
 from semseg_automl.data.table import MaskTable
 from semseg_automl.errors import DataError
 
-FORMAT = 4
+FORMAT = 5
 """Of the notes; others are ignored."""
 
 MAX_NOTES = 256 * 2**20
@@ -51,13 +55,12 @@ class ImageFacts:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
-        picture = base64.b64encode(self.picture).decode("ascii")
-        return {"size": list(self.size), "digest": self.digest, "picture": picture}
+        return {"size": list(self.size), "digest": self.digest, "picture": _text(self.picture)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ImageFacts:
         """Rebuild what :meth:`to_json` gave; a ValueError, TypeError or KeyError says that it is something else."""
-        picture = base64.b64decode(data["picture"], validate=True)
+        picture = _bytes(data["picture"])
         if len(picture) != THUMBNAIL**2:
             raise ValueError(f"a picture of {len(picture)} bytes")
         return cls(_size(data["size"]), str(data["digest"]), picture)
@@ -75,13 +78,12 @@ class MaskFacts:
     """Each value and its pixels, as in :class:`RowCheck`."""
     encoding: MaskEncoding
     """How it stores its values."""
-    objects: dict[int, tuple[Extent, ...]] | None
-    """The connected areas of each value; None for masks of many values."""
+    objects: NDArray[np.int32] | None = field(compare=False)
+    """The :func:`extents` of its values, which equal digests have in common; None for masks of many values."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; JSON knows no numbers as keys."""
         encoding = self.encoding
-        objects = None if self.objects is None else [[v, [n for e in x for n in e]] for v, x in self.objects.items()]
         return {
             "size": list(self.size),
             "digest": self.digest,
@@ -92,8 +94,7 @@ class MaskFacts:
             "unlisted": encoding.unlisted,
             "form": encoding.form,
             "alpha": encoding.alpha,
-            # Height, width and number of each in one row: to write lists in lists takes half as long again.
-            "objects": objects,
+            "objects": None if self.objects is None else _text(self.objects.astype("<i4").tobytes()),
         }
 
     @classmethod
@@ -113,7 +114,7 @@ class MaskFacts:
             digest=str(data["digest"]),
             counts={int(value): int(pixels) for value, pixels in data["counts"]},
             encoding=encoding,
-            objects=None if objects is None else {int(value): _extents(found) for value, found in objects},
+            objects=None if objects is None else np.frombuffer(_bytes(objects), "<i4").reshape(-1, 4).astype(np.int32),
         )
 
 
@@ -148,23 +149,20 @@ class FileNotes:
     _known: dict[str, dict[str, Any]] = field(default_factory=dict)
     _changed: dict[str, set[str]] = field(default_factory=dict)
     """The files of each folder that were seen and of which something is new."""
-
-    def open(self, table: MaskTable) -> None:
-        """Read the notes on the folders of a table."""
-        sources = [*table.images, *(table.masks or ())]
-        for folder in {os.path.dirname(os.path.abspath(s)) for s in sources if isinstance(s, (str, os.PathLike))}:
-            if folder not in self._known:
-                self._known[folder] = self._read(folder)
+    _places: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Folder and name of each path."""
 
     def look_up(self, path: str, key: str, stamp: list[int]) -> Any:
         """Return what is known under `key` of an unchanged file, else None."""
-        folder, name = os.path.split(os.path.abspath(path))
-        entry = self._known.get(folder, {}).get(name)
+        folder, name = self._place(path)
+        if folder not in self._known:
+            self._known[folder] = self._read(folder)
+        entry = self._known[folder].get(name)
         return entry.get(key) if isinstance(entry, dict) and entry.get("stamp") == stamp else None
 
     def keep(self, path: str, key: str, stamp: list[int], facts: dict[str, Any]) -> None:
         """Remember what was found in a file."""
-        folder, name = os.path.split(os.path.abspath(path))
+        folder, name = self._place(path)
         entries = self._known.setdefault(folder, {})
         entry = entries.get(name)
         kept = entry if isinstance(entry, dict) and entry.get("stamp") == stamp else {"stamp": stamp}
@@ -191,6 +189,11 @@ class FileNotes:
         """Say that an entry was not what was written."""
         self._complain(f"the notes on checked files in {self.folder} were damaged")
 
+    def _place(self, path: str) -> tuple[str, str]:
+        if path not in self._places:
+            self._places[path] = os.path.split(os.path.abspath(path))
+        return self._places[path]
+
     def _path(self, folder: str) -> Path:
         return self.folder / f"{hashlib.blake2b(os.fsencode(folder), digest_size=16).hexdigest()}.json"
 
@@ -215,41 +218,50 @@ class FileNotes:
         self.trouble = self.trouble or f"{trouble}; every file was opened"
 
 
-def survey_table(
-    table: MaskTable, notes: FileNotes | None = None, *, workers: int | None = None, progress: bool = False
-) -> list[RowSurvey]:
-    """Look into every image and mask of a table; rows that cannot be used are told, too, not raised.
+def survey_tables(
+    tables: Sequence[MaskTable], notes: FileNotes | None = None, *, workers: int | None = None, progress: bool = False
+) -> list[list[RowSurvey]]:
+    """Look into every image and mask of some tables; rows that cannot be used are told, too, not raised.
 
     Args:
-        table: Images and masks.
+        tables: Images and masks; a file that several rows name is opened once.
         notes: What is known from before, and where to remember; None opens every file.
-        workers: Threads; by default one for each processor this program may use.
+        workers: Threads or processes; by default one for each processor this program may use.
         progress: Whether to show a progress bar on the terminal.
     """
-    if notes is not None:
-        notes.open(table)
     known: dict[_File, ImageFacts | MaskFacts | _Flaw] = {}
     stamps: dict[_File, list[int] | None] = {}
-    first: dict[_File, int] = {}
-    for row in range(len(table)):
-        for file in _files(table, row):
-            if file in stamps:
-                continue
-            stamps[file] = _stamp(file.source) if notes is not None and isinstance(file.source, str) else None
-            facts = _recalled(file, stamps[file], notes)
-            if facts is None:
-                first[file] = row
-            else:
-                known[file] = facts
-    new = list(first)
-    looked = each_row(
-        lambda position: _look(table, first[new[position]], new[position]), len(new), workers=workers, progress=progress
-    )
-    for file, found in zip(new, looked, strict=True):
+    first: dict[_File, tuple[int, int]] = {}
+    spots = [(place, row) for place, table in enumerate(tables) for row in range(len(table))]
+    files = {spot: _files(tables[spot[0]], *spot) for spot in spots}
+    for spot, own in files.items():
+        for file in own:
+            if file not in stamps:
+                stamps[file] = _stamp(file.source) if notes is not None and isinstance(file.source, str) else None
+                facts = _recalled(file, stamps[file], notes)
+                if facts is None:
+                    first[file] = spot
+                else:
+                    known[file] = facts
+    new = list(first.items())
+
+    def look(position: int) -> ImageFacts | MaskFacts | _Flaw:
+        file, (place, row) = new[position]
+        return _look(tables[place], row, file)
+
+    looked = each_row(look, len(new), workers=workers, progress=progress, forked=True)
+    for (file, _), found in zip(new, looked, strict=True):
         known[file], stamp = found, stamps[file]
         if notes is not None and stamp is not None and isinstance(file.source, str) and not isinstance(found, _Flaw):
             notes.keep(file.source, file.key, stamp, found.to_json())
-    return [_row_survey(table, row, known, first) for row in range(len(table))]
+    surveys: list[list[RowSurvey]] = [[] for _ in tables]
+    for (place, row), own in files.items():
+        found_in = {file: known[file] for file in own}
+        for file, found in found_in.items():
+            if isinstance(found, _Flaw) and first[file] != (place, row):
+                found_in[file] = _look(tables[place], row, file)  # the message is to name this row
+        surveys[place].append(_row_survey(tables[place], row, list(found_in.values())))
+    return surveys
 
 
 class _File(NamedTuple):
@@ -257,8 +269,8 @@ class _File(NamedTuple):
 
     key: str
     """As what it is read."""
-    source: str | int
-    """Its path, or the row of one that is no file."""
+    source: str | tuple[int, int]
+    """Its path, or the table and the row of one that is no file."""
 
 
 class _Flaw(NamedTuple):
@@ -268,11 +280,11 @@ class _Flaw(NamedTuple):
     message: str
 
 
-def _files(table: MaskTable, row: int) -> list[_File]:
+def _files(table: MaskTable, place: int, row: int) -> list[_File]:
     keys = ["image" if table.channels is None else f"channels {table.channels} of the image", MASK]
     sources = [table.images[row], *(() if table.masks is None else (table.masks[row],))]
     return [
-        _File(key, os.fspath(source) if isinstance(source, (str, os.PathLike)) else row)
+        _File(key, os.fspath(source) if isinstance(source, (str, os.PathLike)) else (place, row))
         for key, source in zip(keys, sources, strict=False)
     ]
 
@@ -300,25 +312,10 @@ def _look(table: MaskTable, row: int, file: _File) -> ImageFacts | MaskFacts | _
         return _Flaw(_kind(source), str(error))
 
 
-def _row_survey(
-    table: MaskTable,
-    row: int,
-    known: Mapping[_File, ImageFacts | MaskFacts | _Flaw],
-    first: Mapping[_File, int],
-) -> RowSurvey:
-    flaws: list[tuple[str, str]] = []
-    image: ImageFacts | None = None
-    mask: MaskFacts | None = None
-    for file in _files(table, row):
-        found = known[file]
-        if isinstance(found, _Flaw) and first[file] != row:
-            found = _look(table, row, file)  # the message is to name this row
-        if isinstance(found, _Flaw):
-            flaws.append((found.kind, found.message))
-        elif isinstance(found, ImageFacts):
-            image = found
-        else:
-            mask = found
+def _row_survey(table: MaskTable, row: int, found: Sequence[ImageFacts | MaskFacts | _Flaw]) -> RowSurvey:
+    flaws = [(flaw.kind, flaw.message) for flaw in found if isinstance(flaw, _Flaw)]
+    image = next((facts for facts in found if isinstance(facts, ImageFacts)), None)
+    mask = next((facts for facts in found if isinstance(facts, MaskFacts)), None)
     if image is not None and mask is not None:
         wrong = size_mismatch(table, row, image.size, mask.size)
         if wrong is not None:
@@ -364,10 +361,13 @@ def _stamp(source: str | os.PathLike[str]) -> list[int] | None:
     return [found.st_mtime_ns, found.st_size]
 
 
-def _extents(numbers: Sequence[Any]) -> tuple[Extent, ...]:
-    """Return objects from height, width and number of one after the other."""
-    parts = (map(int, numbers[place::3]) for place in range(3))
-    return tuple(Extent(*one) for one in zip(*parts, strict=True))
+def _text(data: bytes) -> str:
+    """Return bytes as JSON can have them."""
+    return base64.b64encode(data).decode("ascii")
+
+
+def _bytes(text: Any) -> bytes:
+    return base64.b64decode(text, validate=True)
 
 
 def _size(pair: Any) -> tuple[int, int]:

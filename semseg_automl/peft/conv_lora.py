@@ -100,8 +100,6 @@ def collapse_matrices(
     return taps, weights
 
 
-# To the tracers of torch.compile and torch.export these matrices are constants.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def expert_matrices(
     length: int, experts: int, interpolation: Interpolation, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -195,6 +193,9 @@ class ConvLoraLinear(LoraLinear):
             for weight in self.expert_weight:
                 nn.init.kaiming_uniform_(weight, a=math.sqrt(5))  # as nn.Conv2d starts
         self.aux_loss = torch.zeros(())
+        # To the tracers of torch.compile and torch.export these matrices are constants. Said here, since to say it
+        # loads the tracers, a second's work, which who checks data or plans a fit does not need.
+        torch.compiler.assume_constant_result(expert_matrices)
         self.chosen_expert = torch.zeros(0, dtype=torch.int64)
 
     def forward(self, x: Tensor) -> Tensor:
