@@ -22,9 +22,9 @@ import faulthandler
 import os
 import resource
 import shutil
+import signal
 import sys
 import tempfile
-import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -196,24 +196,33 @@ def run(
     return outcome
 
 
+class TooLate(BaseException):
+    """A batch has not ended in time; no Exception, so that nothing takes it for a fault of a file."""
+
+
 def within(seconds: float, work: Callable[[], None]) -> bool:
-    """Run `work` in a thread; False, with all stacks on the standard error stream, where it takes too long."""
-    raised: list[BaseException] = []
+    """Run `work`; False, with all stacks on the standard error stream, where it takes too long.
 
-    def worked() -> None:
-        try:
-            work()
-        except BaseException as error:  # raised again below: a thread would only print it
-            raised.append(error)
+    A decoder that never gives Python back the word ends the program, with all stacks, after twice the time. Nothing
+    runs in a thread of Python's, beside which `check_data` would fork no process.
+    """
 
-    thread = threading.Thread(target=worked, daemon=True)  # so that a hung one does not keep the process
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
+    def late(*_: object) -> None:
         faulthandler.dump_traceback(file=sys.__stderr__ or 2)
-    elif raised:
-        raise raised[0]
-    return not thread.is_alive()
+        raise TooLate
+
+    handler = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    faulthandler.dump_traceback_later(2 * seconds, exit=True, file=sys.__stderr__ or 2)
+    try:
+        work()
+    except TooLate:
+        return False
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        faulthandler.cancel_dump_traceback_later()
+        signal.signal(signal.SIGALRM, handler)
+    return True
 
 
 def table_of(outcome: Outcome) -> str:
@@ -347,8 +356,9 @@ class _Fuzz:
 
 
 def _peak() -> float:
-    """Return the peak of the resident memory of this process in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    """Return the peak of the resident memory in bytes, of this process or of the largest that it forked."""
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return peak * (1 if sys.platform == "darwin" else 1024)
 
 
 if __name__ == "__main__":

@@ -120,8 +120,20 @@ class _Helpers(Generic[Result]):
         self._tickets, numbers = os.pipe()
         os.write(numbers, b"".join(number.to_bytes(4, "big") for number in range(len(self._parts))))
         os.close(numbers)  # so that behind the last number there is the end
+        try:
+            with suppress(OSError):  # no memory or no processes left: with those that there are, or none
+                self._fork()
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._end(through=error is None and not self._receivers)
+
+    def _fork(self) -> None:
         context = multiprocessing.get_context("fork")
-        with warnings.catch_warnings(), suppress(OSError):  # out of memory or processes: with those there are, or none
+        with warnings.catch_warnings():
             # Python 3.12 warns of threads of any kind; those of libraries, which wait for work, hold nothing.
             warnings.simplefilter("ignore", DeprecationWarning)
             for _ in range(self._number):
@@ -134,18 +146,16 @@ class _Helpers(Generic[Result]):
                 finally:
                     sender.close()
                 self._processes.append(process)
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def _end(self, *, through: bool = False) -> None:
         os.close(self._tickets)
         for receiver in self._receivers:
             receiver.close()
         # Those that are through are ending by themselves, which takes a while that nobody has to wait for;
         # multiprocessing buries them.
-        if error is not None or self._receivers:
-            for process in self._processes:
-                process.kill()
-                process.join()
+        for process in () if through else self._processes:
+            process.kill()
+            process.join()
 
     def results(self) -> Iterator[tuple[int, list[Result]]]:
         """Give the number of each part and what was found in it, in any order."""
@@ -160,6 +170,7 @@ class _Helpers(Generic[Result]):
             for sent, found in self._received(ready):
                 missing.discard(sent)
                 yield sent, found
+        # Where processes ended early, or say nothing any more.
         for number in sorted(missing):
             yield number, self._done(number)
 
