@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy.fft import dctn
 
 from semseg_automl.data import duplicates as module
 from semseg_automl.data.duplicates import (
@@ -112,6 +113,15 @@ def test_find_copies__more_than_one_block__is_as_in_one(monkeypatch: pytest.Monk
     assert pairs == again == 19
     assert [copy.later for copy in parted] == [copy.later for copy in whole] == list(range(7, 20))
     assert all((copy.later - copy.earlier) % 7 == 0 for copy in (*whole, *parted))
+
+
+def test_frequencies__random_pictures__are_the_lowest_of_scipys_cosine_transform() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (5, 32, 32)).astype(np.uint8)
+    waves = dctn(noise.astype(np.float64), axes=(1, 2), norm="ortho")[:, :12, :12]
+    found = frequencies(noise)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, waves, atol=0.01)
+    assert np.abs(waves).max() > 1000
 
 
 def test_perceptual_hashes__copies_and_others__are_near_and_far() -> None:

@@ -57,9 +57,9 @@ def each_alone(mask: NDArray[Any]) -> list[list[int]]:
     return found
 
 
-def one_by_one(measure: Callable[[NDArray[Any], int], NDArray[np.int32]], mask: NDArray[Any]) -> list[list[int]]:
+def one_by_one(measure: Callable[[Values, int], NDArray[np.int32]], mask: NDArray[Any]) -> list[list[int]]:
     """Return what is measured of one value after the other."""
-    return [row for value in np.unique(mask).tolist() for row in measure(mask, value).tolist()]
+    return [row for value in np.unique(mask).tolist() for row in measure(Values(mask), value).tolist()]
 
 
 def rings(side: int, values: int) -> NDArray[np.uint8]:

@@ -303,6 +303,30 @@ def test_notes__another_format__are_not_used(folder: Path) -> None:
     assert rows[0].mask.counts == {0: 191, 255: 1}
 
 
+def test_notes__file_that_changes_while_it_is_read__is_opened_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = folder / "mask_2.png"
+    look = module._look
+
+    def overtaken(table: MaskTable, row: int, file: module._File) -> object:
+        facts = look(table, row, file)
+        if file.source == str(changed):
+            write_png(changed, np.zeros((12, 16), np.uint8))
+            os.utime(changed, ns=(7, 7))
+        return facts
+
+    monkeypatch.setattr(module, "_look", overtaken)
+    notes = FileNotes(folder / "notes")
+    (before,) = survey_tables([table_of(folder)], notes)
+    notes.close()
+    monkeypatch.undo()
+    (after,) = survey_tables([table_of(folder)], FileNotes(folder / "notes"))
+    assert before[2].mask is not None
+    assert after[2].mask is not None
+    assert (before[2].mask.counts, after[2].mask.counts) == ({0: 189, 255: 3}, {0: 192})
+
+
 def test_notes__too_large_file__is_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notes = FileNotes(folder / "notes")
     survey_tables([table_of(folder)], notes)

@@ -7,7 +7,8 @@ Not here: how files store values (:mod:`semseg_automl.data.encodings`), how larg
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -37,6 +38,7 @@ class Values:
 
     array: NDArray[Any]
     """``(H, W)``, of any whole numbers."""
+    _places: dict[int, NDArray[np.bool_]] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def counts(self) -> dict[int, int]:
@@ -64,6 +66,12 @@ class Values:
         height, width = self.array.shape
         return Runs((height, width), starts, self.array.reshape(-1)[starts])
 
+    def where(self, value: int) -> NDArray[np.bool_]:
+        """Return where the mask has a value, ``(H, W)``."""
+        if value not in self._places:
+            self._places[value] = self.array == value
+        return self._places[value]
+
     def digest(self) -> str:
         """Return a digest of shape, type and values.
 
@@ -73,7 +81,7 @@ class Values:
         digest = hashlib.blake2b(f"{self.array.shape} {self.array.dtype.str}".encode(), digest_size=16)
         if self._few is not None:  # an eighth to go through, at least
             digest.update(f"{list(self._few)}".encode())
-            digest.update(np.packbits(self.array == max(self._few)).data)
+            digest.update(np.packbits(self.where(max(self._few))).data)
         elif self.runs is not None:
             digest.update(self.runs.starts.data)
             digest.update(self.runs.value.data)
@@ -83,7 +91,7 @@ class Values:
 
     @cached_property
     def _few(self) -> dict[int, int] | None:
-        return _two_values(self.array)
+        return _two_values(self.array, self.where)
 
     @cached_property
     def _begins(self) -> NDArray[np.bool_]:
@@ -164,7 +172,7 @@ def count_values(values: NDArray[Any]) -> dict[int, int]:
     >>> count_values(np.array([[7, 7], [300, 7]]))
     {7: 3, 300: 1}
     """
-    few = _two_values(values)
+    few = _two_values(values, lambda value: values == value)
     return _count_many(values) if few is None else few
 
 
@@ -206,12 +214,12 @@ def _summed(values: NDArray[Any], numbers: NDArray[np.int64]) -> dict[int, int]:
     return {value: total for value, total in zip(found.tolist(), sums.tolist(), strict=True) if total}
 
 
-def _two_values(values: NDArray[Any]) -> dict[int, int] | None:
+def _two_values(values: NDArray[Any], where: Callable[[int], NDArray[np.bool_]]) -> dict[int, int] | None:
     """Count the values where there are one or two, None where there are more; a third of a histogram's time."""
     if not values.size or len(set(values.reshape(-1)[:: -(-values.size // _PROBES)].tolist())) > 2:
         return None
     low, high = int(values.min()), int(values.max())
-    found = {value: int(np.count_nonzero(values == value)) for value in (low, high)}
+    found = {value: int(np.count_nonzero(where(value))) for value in (low, high)}
     return found if sum(found.values()) == values.size else None
 
 

@@ -44,25 +44,25 @@ def extents(values: Values) -> NDArray[np.int32]:
     if len(values.counts) > FEW_VALUES and values.runs is not None:
         return _extents_of_runs(values.runs)
     measure = _boxes if values.noisy else _outlined
-    return np.concatenate([measure(values.array, value) for value in sorted(values.counts)])
+    return np.concatenate([measure(values, value) for value in sorted(values.counts)])
 
 
-def _outlined(mask: NDArray[Any], value: int) -> NDArray[np.int32]:
+def _outlined(values: Values, value: int) -> NDArray[np.int32]:
     """Return the extents of the connected areas of a value, from their outlines.
 
     An outline takes memory for its corners, so that this is not for noise.
     """
     # Outlines of holes have a parent; areas within the holes have none.
-    outlines, tree = cv2.findContours((mask == value).view(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    outlines, tree = cv2.findContours(values.where(value).view(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     parents = tree[0, :, 3].tolist()
     boxes = [cv2.boundingRect(line) for line, parent in zip(outlines, parents, strict=True) if parent < 0]
     numbers = Counter((high, wide) for _, _, wide, high in boxes)
     return np.array([(value, high, wide, number) for (high, wide), number in sorted(numbers.items())], np.int32)
 
 
-def _boxes(mask: NDArray[Any], value: int) -> NDArray[np.int32]:
+def _boxes(values: Values, value: int) -> NDArray[np.int32]:
     """Do as `_outlined` does with memory and time that do not grow with the number of areas, for noise."""
-    pixels = (mask == value).view(np.uint8)
+    pixels = values.where(value).view(np.uint8)
     left, top, width, height = cv2.boundingRect(pixels)
     part = pixels[top : top + height, left : left + width]
     stats = cv2.connectedComponentsWithStats(part, connectivity=8)[2][1:]  # the first is all other values

@@ -152,13 +152,15 @@ class FileNotes:
     _places: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Folder and name of each path."""
 
-    def look_up(self, path: str, key: str, stamp: list[int]) -> Any:
+    def look_up(self, path: str, key: str) -> Any:
         """Return what is known under `key` of an unchanged file, else None."""
         folder, name = self._place(path)
         if folder not in self._known:
             self._known[folder] = self._read(folder)
         entry = self._known[folder].get(name)
-        return entry.get(key) if isinstance(entry, dict) and entry.get("stamp") == stamp else None
+        if not isinstance(entry, dict) or key not in entry:
+            return None
+        return entry[key] if entry.get("stamp") == _stamp(path) else None
 
     def keep(self, path: str, key: str, stamp: list[int], facts: dict[str, Any]) -> None:
         """Remember what was found in a file."""
@@ -230,28 +232,27 @@ def survey_tables(
         progress: Whether to show a progress bar on the terminal.
     """
     known: dict[_File, ImageFacts | MaskFacts | _Flaw] = {}
-    stamps: dict[_File, list[int] | None] = {}
     first: dict[_File, tuple[int, int]] = {}
     spots = [(place, row) for place, table in enumerate(tables) for row in range(len(table))]
     files = {spot: _files(tables[spot[0]], *spot) for spot in spots}
     for spot, own in files.items():
         for file in own:
-            if file not in stamps:
-                stamps[file] = _stamp(file.source) if notes is not None and isinstance(file.source, str) else None
-                facts = _recalled(file, stamps[file], notes)
+            if file not in known and file not in first:
+                facts = _recalled(file, notes)
                 if facts is None:
                     first[file] = spot
                 else:
                     known[file] = facts
     new = list(first.items())
 
-    def look(position: int) -> ImageFacts | MaskFacts | _Flaw:
+    def look(position: int) -> tuple[list[int] | None, ImageFacts | MaskFacts | _Flaw]:
         file, (place, row) = new[position]
-        return _look(tables[place], row, file)
+        stamp = _stamp(file.source) if isinstance(file.source, str) else None  # before what may be changed is read
+        return stamp, _look(tables[place], row, file)
 
     looked = each_row(look, len(new), workers=workers, progress=progress, forked=True)
-    for (file, _), found in zip(new, looked, strict=True):
-        known[file], stamp = found, stamps[file]
+    for (file, _), (stamp, found) in zip(new, looked, strict=True):
+        known[file] = found
         if notes is not None and stamp is not None and isinstance(file.source, str) and not isinstance(found, _Flaw):
             notes.keep(file.source, file.key, stamp, found.to_json())
     surveys: list[list[RowSurvey]] = [[] for _ in tables]
@@ -289,12 +290,10 @@ def _files(table: MaskTable, place: int, row: int) -> list[_File]:
     ]
 
 
-def _recalled(file: _File, stamp: list[int] | None, notes: FileNotes | None) -> ImageFacts | MaskFacts | None:
+def _recalled(file: _File, notes: FileNotes | None) -> ImageFacts | MaskFacts | None:
     """Return what notes say of a file that has not changed."""
-    if notes is None or stamp is None or not isinstance(file.source, str):
-        return None
-    known = notes.look_up(file.source, file.key, stamp)
-    if known is not None:
+    known = notes.look_up(file.source, file.key) if notes is not None and isinstance(file.source, str) else None
+    if notes is not None and known is not None:
         try:
             return MaskFacts.from_json(known) if file.key == MASK else ImageFacts.from_json(known)
         except (KeyError, TypeError, ValueError, OverflowError):
@@ -352,7 +351,7 @@ def _kind(source: ImageSource) -> str:
     return "missing file" if gone else "unreadable file"
 
 
-def _stamp(source: str | os.PathLike[str]) -> list[int] | None:
+def _stamp(source: str) -> list[int] | None:
     """Return the time of change in nanoseconds and the bytes of a file; None where there is none."""
     try:
         found = os.stat(source)
