@@ -1,8 +1,9 @@
-"""What checking takes: ``python -m benchmarks.check_speed --data DATA [--enlarge TIMES]``.
+"""What checking takes: ``python -m benchmarks.check_speed --data DATA [--loader] [--enlarge TIMES]``.
 
 DATA holds folders with a ``train.csv``, ``val.csv`` and ``test.csv``. `check_data` of all splits, without its notes on
 files and with its rules, takes turns with opening every file in Pillow and counting the mask's values, one after
-another, on which nothing else is done.
+another, on which nothing else is done; with ``--loader``, also with an epoch of the loader one writes first, in this
+process: Pillow opens and converts, torchvision resizes to 256 x 256, flips and makes tensors.
 
 The files can be enlarged to the sides that cameras give; benchmark sets are often made smaller.
 
@@ -24,50 +25,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
-import numpy as np
 import pandas as pd
 from PIL import Image
 
+from benchmarks.plain_reading import PlainDataset, plain_check
 from semseg_automl import check_data
 from semseg_automl.data.images import ImageSource
 from semseg_automl.data.table import MaskTable, read_table
 from semseg_automl.hardware import usable_cores
 
 SPLITS = ("train", "val", "test")
-
-Result = TypeVar("Result")
-Seconds = tuple[float, float]
-"""Of the clock, and of this process's processors, all threads together."""
-Speed = tuple[float, float]
-"""Images per second of the clock, and processor milliseconds per image, those of other processes left out."""
-
-
-def plain_check(tables: Sequence[MaskTable]) -> None:
-    """Open every file and look at sizes and values, one after another."""
-    paths = [pair for table in tables for pair in zip(table.images, table.masks or (), strict=True)]
-    for image_path, mask_path in paths:
-        image, mask = np.asarray(Image.open(str(image_path)).convert("RGB")), np.asarray(Image.open(str(mask_path)))
-        if image.shape[:2] != mask.shape[:2]:
-            raise ValueError(f"{mask_path}: {mask.shape} beside {image.shape}")
-        np.unique(mask, return_counts=True)
-
-
-def timed(work: Callable[[], Result]) -> tuple[Seconds, Result]:
-    """Return the seconds that `work` takes, and what it returns."""
-    wall, processor = time.perf_counter(), time.process_time()
-    result = work()
-    return (time.perf_counter() - wall, time.process_time() - processor), result
-
-
-def speeds(seconds: Mapping[str, Sequence[Seconds]], images: int) -> dict[str, Speed]:
-    """Return images per second of the clock, and processor milliseconds per image, by the medians of all rounds."""
-    found = {}
-    for name, rounds in seconds.items():
-        wall, processor = (statistics.median(column) for column in zip(*rounds, strict=True))
-        found[name] = images / wall, 1000 * processor / images
-    return found
+SIZE = (256, 256)
+"""Of the plain loader's images."""
 
 
 def enlarged(table: MaskTable, times: int, folder: Path) -> MaskTable:
@@ -91,45 +61,51 @@ def our_check(frames: Sequence[pd.DataFrame], folder: Path) -> None:
     check_data(*frames)
 
 
-def measure_check(tables: Sequence[MaskTable], folder: Path, rounds: int) -> dict[str, Speed]:
-    """Time `check_data` of all splits."""
+def epoch(data: PlainDataset) -> None:
+    """Take every row once."""
+    for row in range(len(data)):
+        data[row]
+
+
+def measure(tables: Sequence[MaskTable], folder: Path, rounds: int, *, loader: bool) -> dict[str, float]:
+    """Return the seconds that `check_data` of all splits takes, and those of the plain ways."""
     frames = [pd.DataFrame({"image": table.images, "label": table.masks}) for table in tables]
     sides: dict[str, Callable[[], object]] = {
-        "ours, check_data": partial(our_check, frames, folder),
-        "plain, check_data": partial(plain_check, tables),
+        "check_data": partial(our_check, frames, folder),
+        "plain": partial(plain_check, tables),
     }
-    seconds: dict[str, list[Seconds]] = defaultdict(list)
+    if loader:
+        sides["plain loader"] = partial(epoch, PlainDataset(tables, SIZE))
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
     for turn in range(rounds + 1):
         for side in sides if turn % 2 else reversed(sides):
-            taken, _ = timed(sides[side])
-            if turn:
-                seconds[side].append(taken)
-    return speeds(seconds, sum(map(len, tables)))
+            begin = time.perf_counter()
+            sides[side]()
+            if turn:  # the one before fills the system's file cache
+                seconds[side].append(time.perf_counter() - begin)
+    return {side: statistics.median(taken) for side, taken in seconds.items()}
 
 
-def report(name: str, what: str, measured: Mapping[str, Speed]) -> None:
-    """Print how fast each side is, and how many times the plain side ours is."""
-    times = {}
-    for side, (per_second, milliseconds) in measured.items():
-        if side.startswith("ours"):
-            plain = measured[side.replace("ours", "plain")]
-            times[side] = {"clock": round(per_second / plain[0], 2), "processor": round(plain[1] / milliseconds, 2)}
-    figures = {side: [round(speed[0]), round(speed[1], 2)] for side, speed in measured.items()}
-    print(json.dumps({"set": name, "what": what, "per_second_and_ms": figures, "times_plain": times}), flush=True)
+def report(name: str, rows: int, seconds: Mapping[str, float]) -> None:
+    """Print how long each side takes, and how many times ours the others take."""
+    times = {side: round(taken / seconds["check_data"], 2) for side, taken in seconds.items() if side != "check_data"}
+    taken = {side: round(taken, 3) for side, taken in seconds.items()}
+    print(json.dumps({"set": name, "rows": rows, "seconds": taken, "times": times}), flush=True)
 
 
 def main() -> None:
-    """Measure and print a line of JSON per data set."""
+    """Measure and print a line of JSON per data set, and one for all together."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--sets", nargs="+", default=["kvasir_polyp", "camvid"])
     parser.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--loader", action="store_true", help="also against an epoch of a plain loader")
     parser.add_argument("--enlarge", type=int, default=1, help="times the sides that the files have")
     options = parser.parse_args()
     print(json.dumps({"cores": usable_cores()}))
     rows = 0
-    seconds: dict[str, float] = defaultdict(float)
+    total: dict[str, float] = defaultdict(float)
     for name in options.sets:
         with tempfile.TemporaryDirectory() as path:
             place = Path(path)
@@ -137,14 +113,13 @@ def main() -> None:
             splits = [read_table(options.data / name / f"{split}.csv") for split in options.splits]
             if options.enlarge > 1:
                 splits = [enlarged(split, options.enlarge, place / str(number)) for number, split in enumerate(splits)]
-            own = sum(map(len, splits))
-            measured = measure_check(splits, place, options.rounds)
-            report(name, f"check_data, {own} rows", measured)
-            rows += own
-            for side, (per_second, _) in measured.items():
-                seconds[side] += own / per_second
-    times = seconds["plain, check_data"] / seconds["ours, check_data"]
-    print(json.dumps({"set": "all", "what": f"check_data, {rows} rows", "times_plain": round(times, 2)}))
+            seconds = measure(splits, place, options.rounds, loader=options.loader)
+        own = sum(map(len, splits))
+        report(name, own, seconds)
+        rows += own
+        for side, taken in seconds.items():
+            total[side] += taken
+    report("all", rows, total)
 
 
 if __name__ == "__main__":

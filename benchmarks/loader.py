@@ -19,25 +19,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import statistics
 import tempfile
+import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from benchmarks.check_speed import Seconds, Speed, enlarged, plain_check, report, speeds, timed
+from benchmarks.check_speed import enlarged
+from benchmarks.plain_reading import PlainDataset, plain_check
 from semseg_automl import SemanticSegmentor
 from semseg_automl.data.cache import ImageCache
 from semseg_automl.data.checks import check_rows
@@ -47,35 +45,32 @@ from semseg_automl.data.kept import DecodedFiles
 from semseg_automl.data.table import MaskTable, read_table
 from semseg_automl.hardware import usable_cores
 from semseg_automl.task import SegmentationTask, infer_task
-from semseg_automl.third_party import make_torchvision_importable
 
 SIZE = (256, 256)
 BATCH = 8
 CACHE_BYTES = 2**30
 
+Result = TypeVar("Result")
+Seconds = tuple[float, float]
+"""Of the clock, and of this process's processors, all threads together."""
+Speed = tuple[float, float]
+"""Images per second of the clock, and processor milliseconds per image, those of other processes left out."""
 
-class PlainDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Image and mask as Pillow and torchvision give them, flipped at random."""
 
-    def __init__(self, table: MaskTable) -> None:
-        make_torchvision_importable()
-        from torchvision.transforms import InterpolationMode
-        from torchvision.transforms import functional as transforms
+def timed(work: Callable[[], Result]) -> tuple[Seconds, Result]:
+    """Return the seconds that `work` takes, and what it returns."""
+    wall, processor = time.perf_counter(), time.process_time()
+    result = work()
+    return (time.perf_counter() - wall, time.process_time() - processor), result
 
-        self.images = [str(path) for path in table.images]
-        self.masks = [str(path) for path in table.masks or ()]
-        self.transforms = transforms
-        self.nearest = InterpolationMode.NEAREST
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
-        image: Any = self.transforms.resize(Image.open(self.images[row]).convert("RGB"), list(SIZE))
-        mask: Any = self.transforms.resize(Image.open(self.masks[row]), list(SIZE), self.nearest)
-        if random.random() < 0.5:
-            image, mask = self.transforms.hflip(image), self.transforms.hflip(mask)
-        return self.transforms.to_tensor(image), torch.from_numpy(np.array(mask)).long()
+def speeds(seconds: Mapping[str, Sequence[Seconds]], images: int) -> dict[str, Speed]:
+    """Return images per second of the clock, and processor milliseconds per image, by the medians of all rounds."""
+    found = {}
+    for name, rounds in seconds.items():
+        wall, processor = (statistics.median(column) for column in zip(*rounds, strict=True))
+        found[name] = images / wall, 1000 * processor / images
+    return found
 
 
 def at_least(rows: int, table: MaskTable, folder: Path) -> MaskTable:
@@ -116,7 +111,7 @@ def begun(make: Callable[[], DataLoader[Any]]) -> tuple[DataLoader[Any], Iterato
 
 def plain_loader(table: MaskTable, workers: int) -> DataLoader[Any]:
     """Return the loader one writes first."""
-    data = PlainDataset(table)
+    data = PlainDataset([table], SIZE)
     return DataLoader(data, BATCH, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0)
 
 
@@ -186,6 +181,17 @@ def measure_set(name: str, options: argparse.Namespace, place: Path) -> None:
         for workers in options.workers:
             seconds = measure_training(options.data / name, workers)
             print(json.dumps({"set": name, "epoch_seconds": round(seconds, 2), "processes": workers}), flush=True)
+
+
+def report(name: str, what: str, measured: Mapping[str, Speed]) -> None:
+    """Print how fast each side is, and how many times the plain side ours is."""
+    times = {}
+    for side, (per_second, milliseconds) in measured.items():
+        if side.startswith("ours"):
+            plain = measured[side.replace("ours", "plain")]
+            times[side] = {"clock": round(per_second / plain[0], 2), "processor": round(plain[1] / milliseconds, 2)}
+    figures = {side: [round(speed[0]), round(speed[1], 2)] for side, speed in measured.items()}
+    print(json.dumps({"set": name, "what": what, "per_second_and_ms": figures, "times_plain": times}), flush=True)
 
 
 if __name__ == "__main__":
