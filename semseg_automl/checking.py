@@ -225,8 +225,9 @@ def check_data(
 ) -> DataReport:
     """Check a data set before anything is fitted: files, classes, duplicates, leaks between splits, small objects.
 
-    Every file is opened once, in threads; what was in it is remembered under ``SEMSEG_AUTOML_CACHE``
-    (default ``~/.cache/semseg_automl``) until it changes. Smoothed masks are opened again to measure their objects.
+    Every file is opened once; what was in it is remembered under ``SEMSEG_AUTOML_CACHE`` (default
+    ``~/.cache/semseg_automl``) until it changes. Smoothed masks are opened again to measure their objects. On Linux
+    forked processes help where no other thread is alive; elsewhere it is threads.
 
     Args:
         train: table of training rows, or CSV file; or annotations, as for ``SemanticSegmentor.fit``.

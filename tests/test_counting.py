@@ -91,6 +91,17 @@ def test_values__noise__is_looked_at_once(values: int, monkeypatch: pytest.Monke
     assert len(asked) == 1
 
 
+@pytest.mark.parametrize("values", [1, 2, 9])
+def test_values_where__any_number_of_values__keeps_two_places_at_most(values: int) -> None:
+    mask = areas_of(values)
+    seen = Values(mask)
+    for _ in range(2):
+        for value in range(values + 1):
+            np.testing.assert_array_equal(seen.where(value), mask == value)
+    assert seen.where(0) is seen.where(0)
+    assert len(seen._places) == 2, "of a large mask, all of them would take more memory than it"
+
+
 def test_values_digest__other_values_shapes_and_places__differ() -> None:
     masks: list[NDArray[Any]] = []
     for make in (areas_of, noise):

@@ -22,6 +22,9 @@ MOST_RUNS = 2**20
 SHORT_RUNS = 8
 """Mean pixels of a run below which that is also faster."""
 
+_KEPT_PLACES = 2
+"""Values of which is kept where they are: as many as most masks have."""
+
 _PROBES = 64
 """Pixels, evenly spread, that show most masks of many values as such."""
 
@@ -68,9 +71,12 @@ class Values:
 
     def where(self, value: int) -> NDArray[np.bool_]:
         """Return where the mask has a value, ``(H, W)``."""
-        if value not in self._places:
-            self._places[value] = self.array == value
-        return self._places[value]
+        if value in self._places:
+            return self._places[value]
+        place: NDArray[np.bool_] = self.array == value
+        if len(self._places) < _KEPT_PLACES:
+            self._places[value] = place
+        return place
 
     def digest(self) -> str:
         """Return a digest of shape, type and values.
