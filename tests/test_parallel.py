@@ -21,6 +21,8 @@ from semseg_automl.data.parallel import each_row
 Result = TypeVar("Result")
 
 ROWS = 80
+PAUSE = 0.005
+"""Seconds for a row: so many that a process is there, on a busy machine too, before this one has done them all."""
 
 needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
 HERE = os.getpid()
@@ -28,7 +30,7 @@ HERE = os.getpid()
 
 def place_of(row: int) -> tuple[int, int]:
     """Return the row, and which process looked at it."""
-    time.sleep(0.002)
+    time.sleep(PAUSE)
     return row, os.getpid()
 
 
@@ -109,7 +111,7 @@ def test_each_row__no_process_can_be_had__does_everything_here(monkeypatch: pyte
 
 def killed(row: int) -> int:
     """End the process that helps, but not this one."""
-    time.sleep(0.002)
+    time.sleep(PAUSE)
     if os.getpid() != HERE:
         os.kill(os.getpid(), signal.SIGKILL)
     return row
@@ -117,7 +119,7 @@ def killed(row: int) -> int:
 
 def refused(row: int) -> int:
     """Fail in the process that helps."""
-    time.sleep(0.002)
+    time.sleep(PAUSE)
     if os.getpid() != HERE:
         raise ValueError(f"row {row}")
     return row
@@ -125,7 +127,7 @@ def refused(row: int) -> int:
 
 def unsendable(row: int) -> object:
     """Return what cannot be sent from one process to another."""
-    time.sleep(0.002)
+    time.sleep(PAUSE)
     return row if os.getpid() == HERE else (lambda: row)
 
 
@@ -138,7 +140,7 @@ def test_each_row__process_ends_early__does_here_what_it_has_not_delivered(work:
 @needs_fork
 def test_each_row__process_waits_for_ever__does_here_what_it_has_not_delivered(monkeypatch: pytest.MonkeyPatch) -> None:
     def waits(row: int) -> int:
-        time.sleep(0.002 if os.getpid() == HERE else 600)
+        time.sleep(PAUSE if os.getpid() == HERE else 600)
         return row
 
     monkeypatch.setattr(parallel, "STALLED", 0.2)
@@ -164,7 +166,7 @@ def test_each_row__error_here__ends_the_processes_and_reaches_the_caller(error: 
 @needs_fork
 def test_each_row__warnings_of_processes__are_given_here() -> None:
     def warns(row: int) -> int:
-        time.sleep(0.002)
+        time.sleep(PAUSE)
         warnings.warn(f"row {row} of {'here' if os.getpid() == HERE else 'there'}", UserWarning, stacklevel=1)
         return row
 

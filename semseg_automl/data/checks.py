@@ -163,4 +163,3 @@ def _check_row(table: MaskTable, position: int, keep: DecodedFiles | None, *, me
     counts, encoding = mask.survey(values)
     widths = typical_widths(values.array) if measure and has_areas(counts, encoding) else {}
     return RowCheck(size=size, value_counts=counts, encoding=encoding, widths=widths)
-
