@@ -3,7 +3,7 @@
 DATA holds folders with a ``train.csv``, ``val.csv`` and ``test.csv``. `check_data` of all splits, without its notes on
 files and with its rules, takes turns with opening every file in Pillow and counting the mask's values, one after
 another, on which nothing else is done; with ``--loader``, also with an epoch of the loader one writes first, in this
-process: Pillow opens and converts, torchvision resizes to 256 x 256, flips and makes tensors.
+process: Pillow opens and converts, torchvision resizes to 256 x 256, flips and makes tensors, PyTorch batches of eight.
 
 The files can be enlarged to the sides that cameras give; benchmark sets are often made smaller.
 
@@ -29,15 +29,13 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
-from benchmarks.plain_reading import PlainDataset, plain_check
+from benchmarks.plain_reading import exhaust, plain_check, plain_loader
 from semseg_automl import check_data
 from semseg_automl.data.images import ImageSource
 from semseg_automl.data.table import MaskTable, read_table
 from semseg_automl.hardware import usable_cores
 
 SPLITS = ("train", "val", "test")
-SIZE = (256, 256)
-"""Of the plain loader's images."""
 
 
 def enlarged(table: MaskTable, times: int, folder: Path) -> MaskTable:
@@ -61,12 +59,6 @@ def our_check(frames: Sequence[pd.DataFrame], folder: Path) -> None:
     check_data(*frames)
 
 
-def epoch(data: PlainDataset) -> None:
-    """Take every row once."""
-    for row in range(len(data)):
-        data[row]
-
-
 def measure(tables: Sequence[MaskTable], folder: Path, rounds: int, *, loader: bool) -> dict[str, float]:
     """Return the seconds that `check_data` of all splits takes, and those of the plain ways."""
     frames = [pd.DataFrame({"image": table.images, "label": table.masks}) for table in tables]
@@ -75,7 +67,7 @@ def measure(tables: Sequence[MaskTable], folder: Path, rounds: int, *, loader: b
         "plain": partial(plain_check, tables),
     }
     if loader:
-        sides["plain loader"] = partial(epoch, PlainDataset(tables, SIZE))
+        sides["plain loader"] = partial(exhaust, plain_loader(tables, workers=0, drop_last=False))
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     for turn in range(rounds + 1):
         for side in sides if turn % 2 else reversed(sides):

@@ -23,7 +23,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -35,7 +35,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from benchmarks.check_speed import enlarged
-from benchmarks.plain_reading import PlainDataset, plain_check
+from benchmarks.plain_reading import BATCH, SIZE, exhaust, plain_check, plain_loader
 from semseg_automl import SemanticSegmentor
 from semseg_automl.data.cache import ImageCache
 from semseg_automl.data.checks import check_rows
@@ -46,8 +46,6 @@ from semseg_automl.data.table import MaskTable, read_table
 from semseg_automl.hardware import usable_cores
 from semseg_automl.task import SegmentationTask, infer_task
 
-SIZE = (256, 256)
-BATCH = 8
 CACHE_BYTES = 2**30
 
 Result = TypeVar("Result")
@@ -95,24 +93,12 @@ def our_loader(table: MaskTable, task: SegmentationTask, workers: int, kept: Dec
     return MaskDataModule(data, data, batch_size=BATCH, views=1, num_workers=workers, seed=0).train_dataloader()
 
 
-def exhaust(loader: Iterable[object]) -> None:
-    """Take every batch."""
-    for _ in loader:
-        pass
-
-
 def begun(make: Callable[[], DataLoader[Any]]) -> tuple[DataLoader[Any], Iterator[object]]:
     """Make a loader and take the first batch of its first epoch."""
     loader = make()
     batches = iter(loader)
     next(batches)
     return loader, batches
-
-
-def plain_loader(table: MaskTable, workers: int) -> DataLoader[Any]:
-    """Return the loader one writes first."""
-    data = PlainDataset([table], SIZE)
-    return DataLoader(data, BATCH, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0)
 
 
 def measure_loader(table: MaskTable, task: SegmentationTask, workers: int, rounds: int) -> dict[str, Speed]:
@@ -122,7 +108,10 @@ def measure_loader(table: MaskTable, task: SegmentationTask, workers: int, round
         "ours": partial(check_rows, table, keep=kept),
         "plain": partial(plain_check, [table]),
     }
-    make = {"ours": partial(our_loader, table, task, workers, kept), "plain": partial(plain_loader, table, workers)}
+    make = {
+        "ours": partial(our_loader, table, task, workers, kept),
+        "plain": partial(plain_loader, [table], workers, drop_last=True),
+    }
     seconds: dict[str, list[Seconds]] = defaultdict(list)
     for turn in range(rounds + 1):
         for side in make if turn % 2 else reversed(make):

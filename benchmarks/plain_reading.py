@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from semseg_automl.data.table import MaskTable
 from semseg_automl.third_party import make_torchvision_importable
+
+SIZE = (256, 256)
+BATCH = 8
 
 
 class PlainDataset(Dataset[tuple[Tensor, Tensor]]):
     """Image and mask as Pillow and torchvision give them, flipped at random."""
 
-    def __init__(self, tables: Sequence[MaskTable], size: tuple[int, int]) -> None:
+    def __init__(self, tables: Sequence[MaskTable]) -> None:
         make_torchvision_importable()
         from torchvision.transforms import InterpolationMode
         from torchvision.transforms import functional as transforms
 
         self.images = [str(path) for table in tables for path in table.images]
         self.masks = [str(path) for table in tables for path in table.masks or ()]
-        self.size = list(size)
         self.transforms = transforms
         self.nearest = InterpolationMode.NEAREST
 
@@ -34,11 +36,29 @@ class PlainDataset(Dataset[tuple[Tensor, Tensor]]):
         return len(self.images)
 
     def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
-        image: Any = self.transforms.resize(Image.open(self.images[row]).convert("RGB"), self.size)
-        mask: Any = self.transforms.resize(Image.open(self.masks[row]), self.size, self.nearest)
+        image: Any = self.transforms.resize(Image.open(self.images[row]).convert("RGB"), list(SIZE))
+        mask: Any = self.transforms.resize(Image.open(self.masks[row]), list(SIZE), self.nearest)
         if random.random() < 0.5:
             image, mask = self.transforms.hflip(image), self.transforms.hflip(mask)
         return self.transforms.to_tensor(image), torch.from_numpy(np.array(mask)).long()
+
+
+def plain_loader(tables: Sequence[MaskTable], workers: int, *, drop_last: bool) -> DataLoader[Any]:
+    """Return the loader one writes first."""
+    return DataLoader(
+        PlainDataset(tables),
+        BATCH,
+        shuffle=True,
+        drop_last=drop_last,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+    )
+
+
+def exhaust(loader: Iterable[object]) -> None:
+    """Take every batch."""
+    for _ in loader:
+        pass
 
 
 def plain_check(tables: Sequence[MaskTable]) -> None:
