@@ -28,6 +28,12 @@ needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="processes are f
 HERE = os.getpid()
 
 
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let processes be forked though tests before have left threads behind, as trackers do."""
+    monkeypatch.setattr(threading, "active_count", lambda: 1)
+
+
 def place_of(row: int) -> tuple[int, int]:
     """Return the row, and which process looked at it."""
     time.sleep(PAUSE)
@@ -65,6 +71,7 @@ def test_parts__any_number_of_rows__are_all_of_them_in_order_and_fit_into_a_pipe
 
 
 @needs_fork
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize(("rows", "processes"), [(63, 1), (64, 2), (255, 2), (256, 3)])
 def test_each_row__enough_rows__is_done_in_processes_beside_this_one(rows: int, processes: int) -> None:
     found = run(place_of, rows, workers=9)
@@ -75,6 +82,7 @@ def test_each_row__enough_rows__is_done_in_processes_beside_this_one(rows: int, 
 
 
 @needs_fork
+@pytest.mark.usefixtures("alone")
 def test_each_row__progress_bar__comes_after_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
     assert len({process for _, process in run(place_of, progress=True)}) == 2
@@ -92,15 +100,19 @@ def test_each_row__another_thread_is_there__forks_nothing() -> None:
 
 
 def test_each_row__where_no_process_may_be_forked__is_done_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(multiprocessing, "current_process", lambda: SimpleNamespace(daemon=True))
-    assert not parallel._may_fork()
-    monkeypatch.undo()
+    monkeypatch.setattr(threading, "active_count", lambda: 1)
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert parallel._may_fork()
+    with monkeypatch.context() as daemon:
+        daemon.setattr(multiprocessing, "current_process", lambda: SimpleNamespace(daemon=True))
+        assert not parallel._may_fork()
     monkeypatch.setattr(sys, "platform", "darwin")
     assert not parallel._may_fork()
     assert {process for _, process in run(place_of)} == {HERE}
 
 
 @needs_fork
+@pytest.mark.usefixtures("alone")
 def test_each_row__no_process_can_be_had__does_everything_here(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> int:
         raise BlockingIOError("no more processes")
@@ -132,12 +144,14 @@ def unsendable(row: int) -> object:
 
 
 @needs_fork
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("work", [killed, refused, unsendable])
 def test_each_row__process_ends_early__does_here_what_it_has_not_delivered(work: Callable[[int], object]) -> None:
     assert run(work) == list(range(ROWS))
 
 
 @needs_fork
+@pytest.mark.usefixtures("alone")
 def test_each_row__process_waits_for_ever__does_here_what_it_has_not_delivered(monkeypatch: pytest.MonkeyPatch) -> None:
     def waits(row: int) -> int:
         time.sleep(PAUSE if os.getpid() == HERE else 600)
@@ -150,6 +164,7 @@ def test_each_row__process_waits_for_ever__does_here_what_it_has_not_delivered(m
 
 
 @needs_fork
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_each_row__error_here__ends_the_processes_and_reaches_the_caller(error: type[BaseException]) -> None:
     def fails(row: int) -> int:
@@ -164,6 +179,7 @@ def test_each_row__error_here__ends_the_processes_and_reaches_the_caller(error: 
 
 
 @needs_fork
+@pytest.mark.usefixtures("alone")
 def test_each_row__warnings_of_processes__are_given_here() -> None:
     def warns(row: int) -> int:
         time.sleep(PAUSE)
