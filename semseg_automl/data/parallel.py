@@ -48,13 +48,7 @@ Result = TypeVar("Result")
 
 
 def each_row(
-    work: Callable[[int], Result],
-    rows: int,
-    *,
-    workers: int | None,
-    progress: bool,
-    title: str = "checking images",
-    forked: bool = False,
+    work: Callable[[int], Result], rows: int, *, workers: int | None, progress: bool, forked: bool = False
 ) -> list[Result]:
     """Return ``work(0)``, ``work(1)``, ...
 
@@ -63,17 +57,16 @@ def each_row(
         rows: How many there are.
         workers: Threads or processes; by default one for each processor this program may use.
         progress: Whether to show a progress bar on the terminal.
-        title: Of the bar.
         forked: Whether processes may do it: `work` then gives what can be sent between them, and changes nothing here.
     """
     workers = workers or usable_cores()
     helpers = min(workers - 1, math.isqrt(rows // ROWS_A_FORK), MOST_FORKS) if forked and _may_fork() else 0
     parts = _parts(rows, helpers + 1 if helpers else workers)
     if not helpers:
-        with ThreadPoolExecutor(workers) as pool, _progress_bar(rows, progress, title) as advance:
+        with ThreadPoolExecutor(workers) as pool, _progress_bar(rows, progress) as advance:
             return _gathered(enumerate(pool.map(lambda part: [work(row) for row in part], parts)), len(parts), advance)
     # The bar has a thread of its own, so it comes after the processes.
-    with _Helpers(work, parts, helpers) as team, _progress_bar(rows, progress, title) as advance:
+    with _Helpers(work, parts, helpers) as team, _progress_bar(rows, progress) as advance:
         return _gathered(team.results(), len(parts), advance)
 
 
@@ -223,12 +216,12 @@ def _may_fork() -> bool:
 
 
 @contextmanager
-def _progress_bar(total: int, shown: bool, title: str) -> Iterator[Callable[[int], None]]:
+def _progress_bar(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
     if not shown:
         yield lambda rows: None
         return
     from rich.progress import Progress
 
     with Progress(transient=True) as bar:
-        task = bar.add_task(title, total=total)
+        task = bar.add_task("checking images", total=total)
         yield lambda rows: bar.advance(task, rows)

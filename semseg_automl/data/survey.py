@@ -257,11 +257,13 @@ def survey_tables(
             notes.keep(file.source, file.key, stamp, found.to_json())
     surveys: list[list[RowSurvey]] = [[] for _ in tables]
     for (place, row), own in files.items():
-        found_in = {file: known[file] for file in own}
-        for file, found in found_in.items():
-            if isinstance(found, _Flaw) and first[file] != (place, row):
-                found_in[file] = _look(tables[place], row, file)  # the message is to name this row
-        surveys[place].append(_row_survey(tables[place], row, list(found_in.values())))
+        facts_or_flaws = [
+            _look(tables[place], row, file)  # the message is to name this row
+            if isinstance(known[file], _Flaw) and first[file] != (place, row)
+            else known[file]
+            for file in own
+        ]
+        surveys[place].append(_row_survey(tables[place], row, facts_or_flaws))
     return surveys
 
 
@@ -292,8 +294,10 @@ def _files(table: MaskTable, place: int, row: int) -> list[_File]:
 
 def _recalled(file: _File, notes: FileNotes | None) -> ImageFacts | MaskFacts | None:
     """Return what notes say of a file that has not changed."""
-    known = notes.look_up(file.source, file.key) if notes is not None and isinstance(file.source, str) else None
-    if notes is not None and known is not None:
+    if notes is None or not isinstance(file.source, str):
+        return None
+    known = notes.look_up(file.source, file.key)
+    if known is not None:
         try:
             return MaskFacts.from_json(known) if file.key == MASK else ImageFacts.from_json(known)
         except (KeyError, TypeError, ValueError, OverflowError):
